@@ -1,0 +1,197 @@
+"""Calibration: where every range starts, for every bit-width, from a few batches.
+
+The best range depends on the bit-width: few bits want to clip. So each quantizer gets a table with
+the range of least squared error per bit-width; when a gate moves, the range moves along the table
+and keeps what it has learned on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from cgmq_fx.cost_models.errors import DataError
+from cgmq_fx.cost_models.facts import Role
+from cgmq_fx.passes.capture import ExampleInputs
+from cgmq_fx.passes.grid import MAX_GRID_BITS, PASS_THROUGH, round_to_grid
+from cgmq_fx.passes.quantizer import Quantizer
+
+_PER_BATCH = 8192
+_PER_WEIGHT = 8192
+_CANDIDATES = 48
+_QUANTILE = 0.999
+_TAIL = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class RangeTable:
+    """The ranges of one quantizer over its bit-widths.
+
+    Attributes:
+        log_ranges: Shape (bit-widths, *range shape): natural logarithm of the best range.
+        noise: Shape (bit-widths,): mean squared step there; at 0 bits 12 times the mean square of
+            the values (rounding to a step s has the error s^2/12), at 32 bits 0.
+    """
+
+    log_ranges: Tensor
+    noise: Tensor
+
+
+def best_range(values: Tensor, bits: int, signed: bool) -> Tensor:
+    """The range of least squared rounding error, robust against a few wild values.
+
+    Values beyond three times the 99.9 % quantile count as if they stood there, so that one outlier
+    cannot stretch the range.
+
+    Args:
+        values: Shape (ranges, samples), finite.
+        bits: Bit-width, 2 or more.
+        signed: Whether the grid has codes below zero.
+
+    Returns:
+        Shape (ranges,), positive.
+    """
+    size = values.abs() if signed else values.clamp(min=0)
+    top = size.amax(1)
+    cap = torch.minimum(top, _TAIL * _quantile(size))
+    cap = torch.where(cap > 0, cap, top)
+    fallback = top.max() if bool(top.max() > 0) else torch.ones_like(top.max())
+    cap = torch.where(cap > 0, cap, fallback)
+    bits = min(bits, MAX_GRID_BITS)
+    codes = 2**bits - 1
+    reach = codes / (codes - 1) if signed else 1.0
+    if bits >= MAX_GRID_BITS:
+        return cap * reach
+    clipped = torch.minimum(torch.maximum(values, -cap[:, None]), cap[:, None])
+    width = torch.tensor(bits, dtype=torch.int32, device=values.device)
+    best, least = cap * reach, torch.full_like(cap, torch.inf)
+    for share in torch.linspace(1.0, 1.0 / _CANDIDATES, _CANDIDATES).tolist():
+        limit = cap * reach * share
+        error = (round_to_grid(clipped, limit[:, None], width, signed) - clipped).square().mean(1)
+        better = error < least
+        best, least = torch.where(better, limit, best), torch.where(better, error, least)
+    return best
+
+
+def range_table(quantizer: Quantizer, values: Tensor) -> RangeTable:
+    """The table of a quantizer.
+
+    Args:
+        quantizer: Its sign, bit-widths and range shape count.
+        values: Shape (ranges, samples), finite.
+    """
+    shape = quantizer.log_range.shape
+    logs, noise = [], []
+    for bits in quantizer.spec.bit_widths:
+        limit = best_range(values, max(bits, 2), quantizer.signed)
+        logs.append(limit.log().reshape(shape))
+        if bits == 0:
+            noise.append(12 * values.square().mean())
+        elif bits >= PASS_THROUGH:
+            noise.append(torch.zeros((), device=values.device))
+        else:
+            step = limit * (2 if quantizer.signed else 1) / (2**bits - 1)
+            noise.append(step.square().mean())
+    return RangeTable(torch.stack(logs), torch.stack(noise))
+
+
+def calibrate(
+    module: GraphModule,
+    quantizers: Mapping[str, Quantizer],
+    batches: Iterable[ExampleInputs],
+    inputs: frozenset[str],
+) -> dict[str, RangeTable]:
+    """Measure what every quantizer sees, with nothing rounded, and make its table.
+
+    Args:
+        module: The graph.
+        quantizers: Its quantizers by name.
+        batches: Arguments to call it with.
+        inputs: Names of the quantizers on network inputs: they become unsigned if the data is
+            never negative.
+
+    Returns:
+        A table per quantizer.
+
+    Raises:
+        DataError: If there is no batch, or some quantizer sees no finite value.
+    """
+    watches = {name: _Watch(quantizer) for name, quantizer in quantizers.items()}
+    hooks = [quantizers[n].register_forward_pre_hook(w) for n, w in watches.items()]
+    try:
+        count = _run(module, quantizers, batches)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if count == 0:
+        raise DataError("there is no batch to calibrate with: the data is empty")
+    tables = {}
+    for name, quantizer in quantizers.items():
+        values = watches[name].values(name)
+        if name in inputs:
+            quantizer.signed = bool((values < 0).any())
+        tables[name] = range_table(quantizer, values)
+    return tables
+
+
+def _run(
+    module: GraphModule, quantizers: Mapping[str, Quantizer], batches: Iterable[ExampleInputs]
+) -> int:
+    """Call the graph on every batch with nothing rounded; the number of batches."""
+    training, count = module.training, 0
+    kept = {name: q.bits.clone() for name, q in quantizers.items()}
+    module.eval()
+    with torch.no_grad():
+        for quantizer in quantizers.values():
+            quantizer.bits.fill_(PASS_THROUGH)
+        for batch in batches:
+            module(*batch.args, **batch.kwargs)
+            count += 1
+        for name, quantizer in quantizers.items():
+            quantizer.bits.copy_(kept[name])
+    module.train(training)
+    return count
+
+
+class _Watch:
+    """Collects a sample of what a quantizer sees: all of a weight's ranges, some of the rest."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self._spec = quantizer.spec
+        self._parts: list[Tensor] = []
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        value = args[0].detach()
+        if self._spec.role is Role.ACTIVATION:
+            self._parts.append(_thin(value.reshape(1, -1).float(), _PER_BATCH))
+        elif not self._parts:
+            self._parts.append(_thin(self._per_range(value).float(), _PER_WEIGHT))
+
+    def values(self, name: str) -> Tensor:
+        """Shape (ranges, samples); values that are not finite are left out."""
+        if not self._parts:
+            raise DataError(f"no calibration batch reached {name}; is that part of the model used?")
+        values = torch.cat(self._parts, 1)
+        finite = values.isfinite()
+        if not bool(finite.any()):
+            raise DataError(f"all calibration values at {name} are infinite or not a number")
+        return values if bool(finite.all()) else torch.where(finite, values, torch.zeros_like(values))
+
+    def _per_range(self, value: Tensor) -> Tensor:
+        axes = [i for i, size in enumerate(self._spec.range_shape) if size != 1]
+        return value.movedim(axes[0], 0).flatten(1) if axes else value.reshape(1, -1)
+
+
+def _thin(values: Tensor, most: int) -> Tensor:
+    """Every k-th column, so that about `most` values are left in each row."""
+    return values[:, :: max(1, values.shape[1] // most)].clone()
+
+
+def _quantile(size: Tensor) -> Tensor:
+    rank = max(1, round(_QUANTILE * size.shape[1]))
+    return size.kthvalue(min(rank, size.shape[1]), dim=1).values

@@ -1,0 +1,275 @@
+"""The controller: moves gates step by step so that the budget holds in the end.
+
+Per step, while a constraint is violated, every gate that its cost depends on falls with a speed
+between `SLOWEST` and 1; while all hold, gates rise. The step length follows from the length of the
+search, so that the slowest gate crosses its whole range within half of it: the bound is reached
+after at most `reach` steps, whatever the model, the loss scale or the batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import ceil
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cgmq_fx.calibrate import RangeTable
+from cgmq_fx.cost_models import BitArray, Budget, ConstraintState, GraphFacts, Ledger, relevance
+from cgmq_fx.cost_models.errors import OptionError
+from cgmq_fx.directions import Direction, GateView, speeds
+from cgmq_fx.gates import GateLayout, Levels, level_of
+from cgmq_fx.passes.quantizer import Quantizer
+from cgmq_fx.projection import Projection
+
+SLOWEST = 0.25
+"""Speed of the slowest falling gate as a share of the fastest possible."""
+
+_REACH = 0.5
+"""Share of the search within which the slowest gate crosses its whole range."""
+
+_MEMORY = 0.05
+"""Share of the search over which sensitivities are smoothed."""
+
+_REFRESH = 0.005
+"""Share of the search after which marginal costs are computed again, if bits have changed."""
+
+
+class Controller:
+    """Owns the gates and moves them.
+
+    Args:
+        quantizers: The quantizers of the graph by name.
+        facts: The graph's facts.
+        budget: What must hold; it has been checked to be feasible.
+        tables: The calibrated ranges of every quantizer.
+        direction: Which way gates move.
+        steps: Length of the search.
+    """
+
+    def __init__(
+        self,
+        quantizers: Mapping[str, Quantizer],
+        facts: GraphFacts,
+        budget: Budget,
+        tables: Mapping[str, RangeTable],
+        direction: Direction,
+        steps: int,
+    ) -> None:
+        if steps < 1:
+            raise OptionError(f"the search needs at least one step, not {steps}")
+        self.direction = direction
+        self.steps = steps
+        self.layout = GateLayout.of(facts.quantizers, tables)
+        self._quantizers = [quantizers[q.name] for q in self.layout.quantizers]
+        self._tables = [tables[q.name] for q in self.layout.quantizers]
+        self._offsets = [torch.zeros_like(q.log_range) for q in self._quantizers]
+        for quantizer in self._quantizers:
+            quantizer.observe(direction.statistic)
+        count = self.layout.count
+        self.gates = count.float()
+        self._levels = count - 1
+        self._pace = float(count.max()) / (SLOWEST * _REACH * steps)
+        relevant = relevance(facts, budget)
+        flags = torch.tensor([relevant[q.name] for q in self.layout.quantizers])
+        self._relevant = flags[self.layout.owner]
+        self._sensitivity = torch.zeros_like(self.gates)
+        self.taken = 0
+        self._best: Levels | None = None
+        self._marginals: tuple[Tensor, Tensor] | None = None
+        self._marginals_key: tuple[int, tuple[int, ...]] = (-1, ())
+        self._moved = 0
+        self.frozen = False
+        self.ledger = Ledger(facts, budget, self.layout.assignment(self._levels.numpy()))
+        self._write(list(range(len(self._quantizers))))
+
+    @property
+    def reach(self) -> int:
+        """Steps after which the budget holds at the latest, counted from any state."""
+        return ceil(float(self.layout.count.max()) / (SLOWEST * self._pace))
+
+    @property
+    def satisfied(self) -> bool:
+        """Whether the budget holds for the current bits."""
+        return self.ledger.satisfied
+
+    @property
+    def states(self) -> tuple[ConstraintState, ...]:
+        """The current measurement of every constraint."""
+        return self.ledger.states()
+
+    @property
+    def levels(self) -> Levels:
+        """The level of every gate."""
+        return self._levels.numpy()
+
+    @property
+    def assignment(self) -> dict[str, BitArray]:
+        """The current bits of every quantizer."""
+        return self.layout.assignment(self._levels.numpy())
+
+    @property
+    def sensitivity(self) -> Tensor:
+        """Smoothed estimate of the loss per squared step, one entry per gate."""
+        return self._sensitivity
+
+    def step(self) -> None:
+        """Move the gates by what the last backward pass reported; after the search, freeze."""
+        if self.frozen:
+            return
+        view = self._view(self._rows())
+        self._smooth(self.direction.sensitivity(view))
+        view = self._view(view.rows)
+        self.gates = self._bounded(self.gates - self._pace * self._speed(view))
+        self._settle(level_of(self.gates, self.layout.count))
+        self.taken += 1
+        if self.taken >= self.steps:
+            self.freeze()
+
+    def freeze(self) -> None:
+        """End the search with the best assignment that satisfies the budget and leaves no slack."""
+        if self.frozen:
+            return
+        starts = [self._levels.numpy()] if self._best is None else [self._levels.numpy(), self._best]
+        projected = [self._projected(levels) for levels in starts]
+        best = min(projected, key=lambda p: self.layout.loss(torch.from_numpy(p), self._sensitivity))
+        self._settle(torch.from_numpy(best))
+        for quantizer in self._quantizers:
+            quantizer.observe(self.direction.statistic.NONE)
+        self.frozen = True
+
+    def _projected(self, levels: Levels) -> Levels:
+        levels = levels.copy()
+        ledger = Ledger(self.ledger.graph, self.ledger.budget, self.layout.assignment(levels))
+        weight = self._sensitivity.double().numpy()
+        return Projection(self.layout, ledger, levels, weight).run()
+
+    def _rows(self) -> Tensor:
+        """This step's statistic of all gates, shape (rows, gates); taken out of the probes."""
+        rows = self.direction.statistic.rows
+        parts = []
+        for quantizer in self._quantizers:
+            probe = quantizer.probe
+            grad = None if probe is None else probe.grad
+            parts.append(
+                torch.zeros(rows, quantizer.bits.numel())
+                if grad is None
+                else grad.reshape(rows, -1).to("cpu", torch.float32)
+            )
+            if probe is not None:
+                probe.grad = None
+        return torch.nan_to_num(torch.cat(parts, 1), posinf=3e38)
+
+    def _view(self, rows: Tensor) -> GateView:
+        layout, levels = self.layout, self._levels
+        here = layout.noise_at(levels)
+        below, above = layout.noise_at(levels - 1), layout.noise_at(levels + 1)
+        change = torch.where(levels > 0, below - here, here - above)
+        down, up = self._marginal_costs()
+        return GateView(
+            rows=rows,
+            sensitivity=self._sensitivity,
+            loss_down=self._sensitivity * (below - here).clamp(min=0),
+            loss_up=self._sensitivity * (here - above).clamp(min=0),
+            cost_down=down,
+            cost_up=up,
+            change=change.clamp(min=0),
+            elements=layout.elements,
+        )
+
+    def _smooth(self, estimate: Tensor) -> None:
+        rate = max(1 / (self.taken + 1), 1 / max(1.0, _MEMORY * self.steps))
+        estimate = torch.nan_to_num(estimate, posinf=3e38).clamp(min=0)
+        self._sensitivity = torch.lerp(self._sensitivity, estimate, rate)
+
+    def _speed(self, view: GateView) -> Tensor:
+        """Positive where gates fall, negative where they rise, 0 where they stay."""
+        violated = self.ledger.violated
+        if violated:
+            helps = self._relevant[:, list(violated)].any(1)
+            return torch.where(helps, speeds(self.direction.fall(view), SLOWEST), torch.zeros(()))
+        return -speeds(self.direction.rise(view), 0.0)
+
+    def _bounded(self, gates: Tensor) -> Tensor:
+        return torch.minimum(gates.clamp(min=0.5), self.layout.count + 0.5)
+
+    def _settle(self, levels: Tensor) -> None:
+        """Take over new levels: costs, bits, ranges, and the best state so far."""
+        if bool((levels == self._levels).all()):
+            return
+        changed = self.layout.owner[levels != self._levels].unique().tolist()
+        self._levels = levels
+        self._moved += 1
+        array = levels.numpy()
+        for index in changed:
+            start, end = self.layout.starts[index : index + 2]
+            name = self.layout.quantizers[index].name
+            self.ledger.move(name, self.layout.bits_of(index, array[start:end]))
+        self._write(changed)
+        if self.ledger.satisfied and self._better(levels):
+            self._best = array.copy()
+
+    def _better(self, levels: Tensor) -> bool:
+        if self._best is None:
+            return True
+        best = self.layout.loss(torch.from_numpy(self._best), self._sensitivity)
+        return self.layout.loss(levels, self._sensitivity) <= best
+
+    @torch.no_grad()
+    def _write(self, changed: list[int]) -> None:
+        """Give quantizers their bits and move their ranges along the calibrated tables."""
+        for index in changed:
+            quantizer, facts = self._quantizers[index], self.layout.quantizers[index]
+            start, end = self.layout.starts[index : index + 2]
+            levels = self._levels[start:end]
+            widths = self.layout.widths[index]
+            neighbour = torch.where(levels > 0, levels - 1, (levels + 1).clamp(max=len(facts.bit_widths) - 1))
+            shape = quantizer.bits.shape
+            quantizer.bits.copy_(widths[levels].reshape(shape))
+            if quantizer.adjacent is not None:
+                quantizer.adjacent.copy_(widths[neighbour].reshape(shape))
+            offset = self._offset(index, levels.reshape(shape).to(quantizer.log_range.device))
+            quantizer.log_range += offset - self._offsets[index]
+            self._offsets[index] = offset
+
+    def _offset(self, index: int, levels: Tensor) -> Tensor:
+        """The calibrated log-range at `levels`, averaged over the gates that share a range."""
+        table = self._tables[index].log_ranges
+        total = torch.zeros_like(table[0])
+        for level in range(table.shape[0]):
+            at = (levels == level).to(table.dtype)
+            if at.numel() > 1:
+                at = at.sum_to_size(table[0].shape) * (table[0].numel() / at.numel())
+            total = total + at * table[level]
+        return total
+
+    def _marginal_costs(self) -> tuple[Tensor, Tensor]:
+        """Per gate, what one level less frees and one more takes, as shares of the bounds."""
+        key = (self._moved, self.ledger.violated)
+        wait = max(1, int(_REFRESH * self.steps))
+        stale = key != self._marginals_key and self.taken % wait == 0
+        if self._marginals is None or stale or key[1] != self._marginals_key[1]:
+            self._marginals = self._compute_marginals()
+            self._marginals_key = key
+        return self._marginals
+
+    def _compute_marginals(self) -> tuple[Tensor, Tensor]:
+        ledger, array = self.ledger, self._levels.numpy()
+        limits, totals = np.array(ledger.limits), np.array(ledger.totals)
+        counted = np.isin(np.arange(limits.size), ledger.violated) if ledger.violated else None
+        down, up = torch.zeros_like(self.gates), torch.zeros_like(self.gates)
+        for index, facts, part in self.layout:
+            levels = array[part]
+            for level in np.unique(levels):
+                at = torch.from_numpy(levels == level)
+                one = int(np.argmax(levels == level))
+                for step, out, mask in ((-1, down, counted), (1, up, None)):
+                    if not 0 <= level + step < len(facts.bit_widths):
+                        continue
+                    moved = levels.copy()
+                    moved[one] += step
+                    trial = np.array(ledger.trial(facts.name, self.layout.bits_of(index, moved)))
+                    share = np.abs(trial - totals) / limits
+                    out[part][at] = float(share.sum() if mask is None else share[mask].sum())
+        return down, up

@@ -1,0 +1,284 @@
+"""The training driver: `quantize`, written on nothing but `prepare`'s object."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils import _pytree as pytree
+
+from cgmq_fx.callbacks import Callback, Progress
+from cgmq_fx.cost_models import BudgetLike, parse_budget
+from cgmq_fx.cost_models.errors import DataError, OptionError, TrainingError
+from cgmq_fx.data import (
+    Batch,
+    Signature,
+    SyntheticBatches,
+    batch_count,
+    example_inputs_of,
+    first_batch,
+    split_batch,
+)
+from cgmq_fx.directions import Direction, direction_of
+from cgmq_fx.history import EpochRecord, History, StepRecord
+from cgmq_fx.passes.capture import ExampleInputs, device_of
+from cgmq_fx.passes.scheme import Scheme
+from cgmq_fx.prepare import Prepared, float_graph
+from cgmq_fx.result import Result
+from cgmq_fx.training import (
+    Loss,
+    Metric,
+    OptimizerFactory,
+    accuracy,
+    default_optimizer,
+    imitation,
+    parameter_groups,
+    schedule,
+)
+
+_SEARCH_SHARE = 0.4
+_CHECK_EVERY = 25
+DEFAULT_EPOCHS = 10
+
+
+def quantize(
+    model: nn.Module | ExportedProgram,
+    budget: BudgetLike,
+    train_data: Iterable[Any] | None = None,
+    *,
+    loss: Loss | None = None,
+    val_data: Iterable[Any] | None = None,
+    epochs: int = DEFAULT_EPOCHS,
+    example_inputs: Any = None,
+    scheme: Scheme | None = None,
+    direction: str | Direction = "marginal",
+    optimizer: OptimizerFactory = default_optimizer,
+    metric: Metric | None = None,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = True,
+    seed: int = 0,
+) -> Result:
+    """Quantize a model so that it costs at most what the budget says.
+
+    Args:
+        model: The trained float model, on any device; it is not modified.
+        budget: What the result may cost at most, for example `"bops <= 0.4%, weights <= 64 KiB"`.
+        train_data: Re-iterable batches: tensors, `(inputs, target)`, tuples or dicts. Without it the
+            float model teaches the quantized one on random inputs.
+        loss: `loss(output, target)`; without it the float model is the teacher.
+        val_data: Batches to measure on after every epoch.
+        epochs: Passes over the data; the first part searches bit-widths, the rest tunes. With 0
+            ranges are calibrated and bit-widths chosen without training.
+        example_inputs: Inputs to trace with, if neither the data nor the model tells.
+        scheme: Bit-widths and granularity; the default is one gate per tensor.
+        direction: Which way gates move, by name or a `Direction`.
+        optimizer: Makes an optimizer of parameter groups.
+        metric: `metric(output, target)` on validation data; accuracy where it applies by default.
+        callbacks: Told about every step and epoch.
+        progress: Whether to show progress on the terminal.
+        seed: Seed of random inputs, where there is no data.
+
+    Returns:
+        The result; its cost was counted again on the finished model.
+
+    Raises:
+        CgmqError: With what is wrong and what to do: the budget cannot be read or cannot be met,
+            the model cannot be captured, the data does not fit, or training diverged.
+    """
+    parsed = parse_budget(budget)
+    if not isinstance(epochs, int) or epochs < 0:
+        raise OptionError(f"epochs must be a whole number, 0 or more, not {epochs!r}")
+    inputs = example_inputs_of(model, example_inputs, train_data, loss is not None)
+    captured = float_graph(model, inputs)
+    teacher = copy.deepcopy(captured.module).eval() if loss is None else None
+    data = SyntheticBatches(captured.inputs, seed) if train_data is None else train_data
+    first_batch(data, "train_data")
+    steps = epochs * batch_count(data)
+    search = max(1, round(_SEARCH_SHARE * steps))
+    prepared = Prepared(captured, parsed, scheme or Scheme(), direction_of(direction), search)
+    prepared.calibrate(data)
+    listeners = [*callbacks, *([Progress()] if progress else [])]
+    run = _Run(prepared, teacher, loss, metric, optimizer, steps, search, listeners)
+    return run.train(data, val_data, epochs)
+
+
+@dataclass
+class _Means:
+    """Running means by name."""
+
+    def __post_init__(self) -> None:
+        self._sums: dict[str, tuple[float, int]] = {}
+
+    def add(self, name: str, value: Tensor | float | None, count: int) -> None:
+        if value is not None:
+            total, seen = self._sums.get(name, (0.0, 0))
+            self._sums[name] = (total + float(value) * count, seen + count)
+
+    def result(self) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in self._sums.items() if count}
+
+
+class _Run:
+    """One run of the driver: the state of the training loop."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        teacher: GraphModule | None,
+        loss: Loss | None,
+        metric: Metric | None,
+        optimizer: OptimizerFactory,
+        steps: int,
+        search: int,
+        listeners: Sequence[Callback],
+    ) -> None:
+        self.prepared = prepared
+        self.model = prepared.model
+        self.teacher = teacher
+        self.loss = loss
+        self.metric = metric
+        self.steps = steps
+        self.history = History()
+        self.listeners = listeners
+        self.device = device_of(self.model)
+        self.signature = Signature.like(prepared.example_inputs, prepared.parameter_names)
+        self.optimizer: Optimizer = optimizer(parameter_groups(self.model))
+        self.scheduler = LambdaLR(self.optimizer, schedule(search, steps))
+
+    def train(self, data: Iterable[Any], val_data: Iterable[Any] | None, epochs: int) -> Result:
+        """Search and tune, then finalize and measure."""
+        for listener in self.listeners:
+            listener.on_start(self.prepared, self.steps)
+        try:
+            for epoch in range(1, epochs + 1):
+                self._epoch(epoch, data, val_data)
+        finally:
+            for listener in self.listeners:
+                listener.on_end()
+        result = self.prepared.finalize()
+        result.history = self.history
+        if val_data is not None:
+            result.metrics = self._evaluate(result.model, val_data)
+        return result
+
+    def _epoch(self, epoch: int, data: Iterable[Any], val_data: Iterable[Any] | None) -> None:
+        self.model.train()
+        total, count = torch.zeros((), device=self.device), 0
+        for raw in data:
+            total += self._step(self._batch(raw))
+            count += 1
+        if count == 0:
+            raise DataError(f"train_data had no batches in epoch {epoch}; it must be re-iterable")
+        metrics = {} if val_data is None else self._evaluate(self.model, val_data)
+        record = EpochRecord(
+            epoch,
+            self.prepared.phase,
+            float(total) / count,
+            metrics,
+            self._costs(),
+            self.prepared.satisfied,
+        )
+        self.history.epochs.append(record)
+        for listener in self.listeners:
+            listener.on_epoch(record)
+
+    def _step(self, batch: Batch) -> Tensor:
+        number = len(self.history.steps)
+        value = self._loss(self.model, batch)
+        if (self.device.type == "cpu" or number % _CHECK_EVERY == 0) and not bool(value.isfinite()):
+            raise TrainingError(
+                f"the loss became {float(value)} at step {number + 1} of {self.steps} (phase "
+                f"{self.prepared.phase}); check the data for values that are not finite, or pass an "
+                "optimizer= with a smaller learning rate"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.prepared.step()
+        record = StepRecord(number, self.steps, self.prepared.phase, self._costs())
+        self.history.steps.append(record)
+        for listener in self.listeners:
+            listener.on_step(record)
+        return value.detach()
+
+    def _loss(self, model: GraphModule, batch: Batch) -> Tensor:
+        output = self._call(model, batch.inputs)
+        if self.loss is None:
+            assert self.teacher is not None
+            with torch.no_grad():
+                target = self._call(self.teacher, batch.inputs)
+            return imitation(output, target)
+        try:
+            value = self.loss(output, batch.target)
+        except Exception as error:
+            raise DataError(
+                f"loss(output, target) failed: {type(error).__name__}: {error}; the output is "
+                f"{_shapes(output)}, the target {_shapes(batch.target)}"
+            ) from error
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise DataError(f"loss(output, target) must return one number, not {_shapes(value)}")
+        return value
+
+    def _call(self, model: GraphModule, inputs: ExampleInputs) -> Any:
+        try:
+            return model(*inputs.args, **inputs.kwargs)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise DataError(
+                f"the model fails on a batch of {_shapes([inputs.args, dict(inputs.kwargs)])}: {error}"
+            ) from error
+
+    def _batch(self, raw: Any) -> Batch:
+        batch = split_batch(raw, self.signature, self.loss is not None)
+        expected = self.prepared.example_inputs
+        found = batch.inputs.tensors
+        start = 1 if self.prepared.dynamic else 0
+        if len(found) != len(expected.tensors) or any(
+            a.shape[start:] != b.shape[start:] or a.is_floating_point() != b.is_floating_point()
+            for a, b in zip(found, expected.tensors, strict=True)
+        ):
+            free = "any batch size" if start else "the same batch size"
+            raise DataError(
+                f"a batch of {_shapes(found)} does not fit the model, which was captured with "
+                f"{_shapes(expected.tensors)}; batches need the same shapes and kinds of dtypes, {free}"
+            )
+        return batch.to(self.device)
+
+    @torch.no_grad()
+    def _evaluate(self, model: GraphModule, data: Iterable[Any]) -> dict[str, float]:
+        model.eval()
+        means = _Means()
+        for raw in data:
+            batch = self._batch(raw)
+            size = batch.inputs.batch or 1
+            means.add("loss", self._loss(model, batch), size)
+            output = self._call(model, batch.inputs)
+            if self.metric is not None:
+                means.add("metric", self.metric(output, batch.target), size)
+            else:
+                means.add("accuracy", accuracy(output, batch.target), size)
+        if not (result := means.result()):
+            raise DataError("val_data is empty: it has no batches")
+        return result
+
+    def _costs(self) -> tuple[float, ...]:
+        return tuple(state.value / state.limit for state in self.prepared.cost)
+
+
+def _shapes(value: Any) -> str:
+    leaves = [x for x in pytree.tree_leaves(value) if x is not None]
+    found = [
+        f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+        if isinstance(x, Tensor)
+        else type(x).__name__
+        for x in leaves[:6]
+    ]
+    return ", ".join(found) or "nothing"

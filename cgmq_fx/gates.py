@@ -1,0 +1,101 @@
+"""The gates of a graph as one flat vector, and what levels mean in bits and in noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cgmq_fx.calibrate import RangeTable
+from cgmq_fx.cost_models.bits import BitArray
+from cgmq_fx.cost_models.facts import QuantizerFacts
+
+Levels = npt.NDArray[np.int64]
+"""Per gate, the index of its bit-width: 0 is the smallest that its quantizer allows."""
+
+
+@dataclass(frozen=True)
+class GateLayout:
+    """Which stretch of the flat vector belongs to which quantizer, and the tables by level.
+
+    Attributes:
+        quantizers: The quantizers, in order.
+        starts: Where each one's gates start, and the total at the end.
+        owner: Shape (gates,): index of the quantizer of each gate.
+        count: Shape (gates,): number of levels of each gate.
+        widths: Shape (quantizers, most levels): bit-width of each level, the last one repeated.
+        noise: Like `widths`: mean squared step of each level.
+        elements: Shape (gates,): elements that share the gate.
+    """
+
+    quantizers: tuple[QuantizerFacts, ...]
+    starts: tuple[int, ...]
+    owner: Tensor
+    count: Tensor
+    widths: Tensor
+    noise: Tensor
+    elements: Tensor
+
+    @staticmethod
+    def of(
+        quantizers: Mapping[str, QuantizerFacts], tables: Mapping[str, RangeTable]
+    ) -> GateLayout:
+        """Lay out the gates of `quantizers`."""
+        facts = tuple(quantizers.values())
+        sizes = torch.tensor([q.gates for q in facts])
+        most = max(len(q.bit_widths) for q in facts)
+        widths = [[*q.bit_widths, *[q.bit_widths[-1]] * (most - len(q.bit_widths))] for q in facts]
+        noise = [_padded(tables[q.name].noise.cpu(), most) for q in facts]
+        owner = torch.repeat_interleave(torch.arange(len(facts)), sizes)
+        per_gate = torch.tensor([q.elements / q.gates for q in facts])
+        levels = torch.tensor([len(q.bit_widths) for q in facts])
+        return GateLayout(
+            facts,
+            (0, *np.cumsum(sizes.numpy()).tolist()),
+            owner,
+            levels[owner],
+            torch.tensor(widths),
+            torch.stack(noise),
+            per_gate[owner],
+        )
+
+    def __iter__(self) -> Iterator[tuple[int, QuantizerFacts, slice]]:
+        """Index, facts and stretch of every quantizer."""
+        for i, q in enumerate(self.quantizers):
+            yield i, q, slice(self.starts[i], self.starts[i + 1])
+
+    def bits_of(self, index: int, levels: Levels) -> BitArray:
+        """The bits of quantizer number `index` at `levels` (one entry per gate)."""
+        return self.widths[index].numpy()[levels]
+
+    def assignment(self, levels: Levels) -> dict[str, BitArray]:
+        """The bits of every quantizer at `levels` (one entry per gate, all quantizers)."""
+        return {q.name: self.bits_of(i, levels[part]) for i, q, part in self}
+
+    def noise_at(self, levels: Tensor) -> Tensor:
+        """Squared step of each gate at `levels`, which may lie one beyond either end."""
+        inside = levels.clamp(min=0)
+        inside = torch.minimum(inside, self.count - 1)
+        return self.noise[self.owner, inside]
+
+    def loss(self, levels: Tensor, sensitivity: Tensor) -> float:
+        """The loss that `levels` is estimated to add: sensitivity times squared step, summed."""
+        return float((sensitivity.double() * self.noise_at(levels).double()).sum())
+
+
+def _padded(row: Tensor, size: int) -> Tensor:
+    return torch.cat([row, row[-1:].expand(size - row.numel())])
+
+
+def level_of(gates: Tensor, count: Tensor) -> Tensor:
+    """The level of each gate: the k-th bit-width (counted from 0) iff `k < gate <= k + 1`.
+
+    Args:
+        gates: Shape (gates,), within 1/2 and `count + 1/2`.
+        count: Shape (gates,): number of levels of each.
+    """
+    return torch.minimum((gates.ceil().long() - 1).clamp(min=0), count - 1)

@@ -1,0 +1,221 @@
+"""`prepare`: a model with quantizers and a controller, for a training loop of one's own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from cgmq_fx.calibrate import calibrate
+from cgmq_fx.controller import Controller
+from cgmq_fx.cost_models import (
+    Budget,
+    BudgetLike,
+    ConstraintState,
+    check_cost_models,
+    check_feasible,
+    parse_budget,
+)
+from cgmq_fx.cost_models.errors import OptionError
+from cgmq_fx.data import Signature, calibration_batches, example_inputs_of
+from cgmq_fx.directions import Direction, direction_of
+from cgmq_fx.history import Phase
+from cgmq_fx.passes.annotate import annotate
+from cgmq_fx.passes.bias import QuantizeBiases, align_signs
+from cgmq_fx.passes.capture import Captured, ExampleInputs, capture, device_of
+from cgmq_fx.passes.freeze import Freeze
+from cgmq_fx.passes.infra import run_passes
+from cgmq_fx.passes.insert import QUANTIZERS, InsertQuantizers
+from cgmq_fx.passes.normalise import (
+    FoldBatchNorm,
+    Functionalise,
+    MergeState,
+    RemoveNoOps,
+    SwitchModes,
+)
+from cgmq_fx.passes.quantizer import Quantizer
+from cgmq_fx.passes.scheme import Scheme
+from cgmq_fx.passes.shapes import PropagateShapes
+from cgmq_fx.result import Result
+from cgmq_fx.verify import verify
+
+DEFAULT_SEARCH_STEPS = 1000
+_CALIBRATION_BATCHES = 8
+
+
+class Prepared:
+    """A model being quantized in a loop of one's own.
+
+    Call `step()` after every `optimizer.step()`. For the first `search_steps` steps the gates move;
+    then the bit-widths are frozen at the best assignment that satisfies the budget, and further
+    training tunes weights and ranges. `finalize()` works at any time, and always satisfies.
+
+    Attributes:
+        model: The graph with quantizers; train its parameters with any optimizer.
+        budget: What must hold.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        budget: Budget,
+        scheme: Scheme,
+        direction: Direction,
+        search_steps: int,
+    ) -> None:
+        self.budget = budget
+        self.dynamic = captured.dynamic
+        self._inputs = captured.inputs
+        self._direction = direction
+        self._search_steps = search_steps
+        batch = captured.inputs.batch
+        passes = [
+            InsertQuantizers(scheme, batched=batch is not None),
+            QuantizeBiases(),
+            PropagateShapes(captured.inputs),
+        ]
+        self.model: GraphModule = run_passes(captured.module, passes)
+        self._facts = annotate(self.model, batch or 1)
+        check_cost_models(self._facts, budget)
+        check_feasible(self._facts, budget)
+        self._controller = self._calibrated([captured.inputs])
+        self.model.train()
+
+    @property
+    def satisfied(self) -> bool:
+        """Whether the budget holds for the current bit-widths."""
+        return self._controller.satisfied
+
+    @property
+    def cost(self) -> tuple[ConstraintState, ...]:
+        """The current measurement of every constraint."""
+        return self._controller.states
+
+    @property
+    def phase(self) -> Phase:
+        """Whether gates still move ("search") or not ("tune")."""
+        return "tune" if self._controller.frozen else "search"
+
+    @property
+    def controller(self) -> Controller:
+        """The gates and what moves them."""
+        return self._controller
+
+    @property
+    def example_inputs(self) -> ExampleInputs:
+        """The inputs that the model was captured with."""
+        return self._inputs
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the graph's inputs."""
+        return tuple(str(n.target) for n in self.model.graph.nodes if n.op == "placeholder")
+
+    def calibrate(self, data: Iterable[Any], batches: int = _CALIBRATION_BATCHES) -> None:
+        """Set the ranges from the first batches of real data; call it before the first step.
+
+        Args:
+            data: Batches in any of the forms that `quantize` takes.
+            batches: How many to use.
+
+        Raises:
+            DataError: If the data is empty or does not fit the model.
+            OptionError: If training has begun.
+        """
+        if self._controller.taken:
+            raise OptionError("calibrate before the first step: ranges have been trained since")
+        signature = Signature.like(self._inputs, self.parameter_names)
+        device = device_of(self.model)
+        self._controller = self._calibrated(
+            calibration_batches(data, signature, supervised=False, count=batches, device=device)
+        )
+
+    def step(self) -> None:
+        """Move the gates; call it after `optimizer.step()`."""
+        self._controller.step()
+
+    def freeze(self) -> None:
+        """End the search now: freeze the best bit-widths that satisfy the budget."""
+        self._controller.freeze()
+
+    def finalize(self) -> Result:
+        """Freeze, copy, and verify.
+
+        Returns:
+            The result; its model is a copy in evaluation mode, this object can train on.
+
+        Raises:
+            BoundError: If the frozen copy, counted on its own, broke the budget: a defect of this
+                library or a cost model with hidden state.
+        """
+        self._controller.freeze()
+        frozen = run_passes(copy.deepcopy(self.model), [Freeze(self._controller.assignment)])
+        frozen.eval()
+        return Result(frozen, verify(frozen, self._inputs, self.budget), self.budget, self._inputs)
+
+    def _calibrated(self, batches: list[ExampleInputs]) -> Controller:
+        container = self.model.get_submodule(QUANTIZERS)
+        own = {n: q for n, q in container.named_children() if isinstance(q, Quantizer)}
+        inputs = frozenset(self.parameter_names) & frozenset(own)
+        tables = calibrate(self.model, own, batches, inputs)
+        align_signs(self.model)
+        return Controller(own, self._facts, self.budget, tables, self._direction, self._search_steps)
+
+
+def float_graph(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Captured:
+    """Capture and normalise: the model as one graph of ATen ops, equal in float.
+
+    Raises:
+        CaptureError: If the model cannot be captured.
+    """
+    captured = capture(model, inputs)
+    passes = [
+        MergeState(),
+        Functionalise(),
+        RemoveNoOps(),
+        PropagateShapes(captured.inputs),
+        FoldBatchNorm(),
+        SwitchModes(),
+        PropagateShapes(captured.inputs),
+    ]
+    return Captured(run_passes(captured.module, passes), captured.inputs, captured.dynamic)
+
+
+def prepare(
+    model: nn.Module | ExportedProgram,
+    budget: BudgetLike,
+    example_inputs: Any = None,
+    *,
+    scheme: Scheme | None = None,
+    search_steps: int = DEFAULT_SEARCH_STEPS,
+    direction: str | Direction = "marginal",
+) -> Prepared:
+    """Prepare a model for a training loop of one's own.
+
+    Args:
+        model: The trained float model; it is not modified.
+        budget: What the result may cost at most, for example `"bops <= 0.4%, weights <= 64 KiB"`.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments; may be left
+            out for models that know their own.
+        scheme: Bit-widths and granularity; the default is one gate per tensor.
+        search_steps: Steps for which gates move; the bound is reached within half of them.
+        direction: Which way gates move, by name or a `Direction`.
+
+    Returns:
+        The prepared model.
+
+    Raises:
+        BudgetError: If the budget cannot be read.
+        InfeasibleBudgetError: If no bit-widths satisfy it.
+        CaptureError: If the model cannot be captured.
+        UnsupportedModelError: If nothing in it can be quantized.
+        DataError: If the input shapes cannot be known.
+    """
+    parsed = parse_budget(budget)
+    inputs = example_inputs_of(model, example_inputs, None, supervised=False)
+    captured = float_graph(model, inputs)
+    return Prepared(captured, parsed, scheme or Scheme(), direction_of(direction), search_steps)

@@ -1,0 +1,156 @@
+"""Reports: a result as a table for people and as plain values for programs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from io import StringIO
+from shutil import get_terminal_size
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from cgmq_fx.cost_models import FLOAT_BITS, ConstraintState, NodeFacts, Operand
+from cgmq_fx.passes.insert import QUANTIZERS
+from cgmq_fx.passes.quantizer import Quantizer
+from cgmq_fx.result import Result
+
+_MIN_WIDTH = 100
+
+
+def as_dict(result: Result) -> dict[str, Any]:
+    """The result as plain values that JSON can hold."""
+    report = result.cost
+    return {
+        "budget": str(result.budget),
+        "satisfied": report.satisfied,
+        "constraints": [_state(state) for state in report.states],
+        "metrics": result.metrics,
+        "nodes": [
+            {
+                "name": node.name,
+                "op": node.op,
+                "module": node.module,
+                "output_shape": list(node.output_shape),
+                "macs": node.macs,
+                "weight_bits": _bits_of(result, node, 0),
+                "activation_bits": _bits_of(result, node, 1),
+                "costs": {
+                    str(state.constraint): costs[index]
+                    for state, costs in zip(report.states, report.per_node, strict=True)
+                },
+            }
+            for index, node in enumerate(report.nodes)
+        ],
+        "quantizers": [_quantizer(result, name) for name in report.facts.quantizers],
+        "unknown_ops": list(report.facts.unknown),
+        "convention": report.convention,
+        "epochs": [asdict(epoch) for epoch in result.history.epochs],
+    }
+
+
+def render(result: Result) -> str:
+    """The result as text: a table of the compute nodes, then the constraints."""
+    report, first = result.cost, result.cost.states[0]
+    total = sum(report.per_node[0]) or 1.0
+    table = Table(title=f"Quantized under {result.budget}", title_justify="left")
+    table.add_column("node", overflow="fold")
+    table.add_column("op", overflow="fold")
+    for column in ("output", "W bits", "W range", "A bits", "A range", "MACs"):
+        table.add_column(column, justify="right", no_wrap=column != "output")
+    table.add_column(f"{first.constraint.model.name} %", justify="right")
+    for node, cost in zip(report.nodes, report.per_node[0], strict=True):
+        if node.operands:
+            table.add_row(*_row(result, node), f"{cost / total:.1%}")
+    buffer = StringIO()
+    width = max(_MIN_WIDTH, get_terminal_size((_MIN_WIDTH, 24)).columns)
+    console = Console(file=buffer, width=width, color_system=None)
+    console.print(table)
+    for line in _footer(result):
+        console.print(line, markup=False, highlight=False)
+    return buffer.getvalue().rstrip()
+
+
+def _footer(result: Result) -> list[str]:
+    lines = [str(state) for state in result.cost.states]
+    lines += [f"{name} {value:.4g}" for name, value in result.metrics.items()]
+    if result.cost.facts.unknown:
+        lines.append(f"not counted (unknown ops): {', '.join(result.cost.facts.unknown)}")
+    return [*lines, f"({result.cost.convention})"]
+
+
+def _row(result: Result, node: NodeFacts) -> list[str]:
+    weight, activation = node.operands
+    return [
+        node.name,
+        node.op.removeprefix("aten.").removesuffix(".default"),
+        "x".join(map(str, node.output_shape[1:] or node.output_shape)),
+        _bits_text(result, weight),
+        _range_text(result, weight),
+        _bits_text(result, activation),
+        _range_text(result, activation),
+        f"{node.macs:,}",
+    ]
+
+
+def _bits_text(result: Result, operand: Operand) -> str:
+    if operand.quantizer is None:
+        return str(FLOAT_BITS)
+    bits = result.cost.assignment[operand.quantizer]
+    low, high = int(bits.min()), int(bits.max())
+    return str(low) if low == high else f"{low}-{high} ({bits.mean():.2f})"
+
+
+def _range_text(result: Result, operand: Operand) -> str:
+    if operand.quantizer is None:
+        return "-"
+    limits = quantizer_of(result, operand.quantizer).log_range.detach().exp()
+    low, high = float(limits.min()), float(limits.max())
+    return f"{high:.3g}" if low == high else f"{low:.2g}-{high:.2g}"
+
+
+def _bits_of(result: Result, node: NodeFacts, index: int) -> float | None:
+    if not node.operands:
+        return None
+    name = node.operands[index].quantizer
+    return float(FLOAT_BITS) if name is None else float(result.cost.assignment[name].mean())
+
+
+def _quantizer(result: Result, name: str) -> dict[str, Any]:
+    quantizer, bits = quantizer_of(result, name), result.cost.assignment[name]
+    widths, counts = np.unique(bits, return_counts=True)
+    limits = quantizer.log_range.detach().exp()
+    return {
+        "name": name,
+        "role": quantizer.spec.role.value,
+        "signed": quantizer.signed,
+        "gates": int(bits.size),
+        "gates_by_bits": {str(w): int(c) for w, c in zip(widths, counts, strict=True)},
+        "mean_bits": float(bits.mean()),
+        "range": [float(limits.min()), float(limits.max())],
+    }
+
+
+def quantizer_of(result: Result, name: str) -> Quantizer:
+    """A quantizer of the result's model by name.
+
+    Raises:
+        KeyError: If there is none.
+    """
+    quantizer = result.model.get_submodule(f"{QUANTIZERS}.{name}")
+    if not isinstance(quantizer, Quantizer):
+        raise KeyError(name)
+    return quantizer
+
+
+def _state(state: ConstraintState) -> dict[str, Any]:
+    return {
+        "constraint": str(state.constraint),
+        "unit": state.constraint.model.unit,
+        "value": state.value,
+        "limit": state.limit,
+        "reference_32_bit": state.reference,
+        "relative": state.relative,
+        "satisfied": state.satisfied,
+    }

@@ -1,0 +1,62 @@
+"""What quantizing a model gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.fx import GraphModule
+
+from cgmq_fx.cost_models import Budget
+from cgmq_fx.history import History
+from cgmq_fx.passes.capture import ExampleInputs
+from cgmq_fx.verify import CostReport
+
+
+@dataclass
+class Result:
+    """A quantized model whose cost has been verified.
+
+    Attributes:
+        model: A torch.fx GraphModule with frozen bit-widths, in evaluation mode.
+        cost: Every constraint (bound, value, satisfied) and the cost of every node.
+        budget: The budget that it was made for.
+        inputs: Example inputs, from which shapes are taken.
+        history: What was recorded on the way.
+        metrics: Measurements of `model` on the validation data, by name.
+    """
+
+    model: GraphModule
+    cost: CostReport
+    budget: Budget
+    inputs: ExampleInputs
+    history: History = field(default_factory=History)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model, its budget and its history to one safetensors file.
+
+        Args:
+            path: The file, usually `*.safetensors`; replaced if it exists.
+
+        Returns:
+            The path.
+
+        Raises:
+            ArtifactError: If the graph holds something that the format cannot express.
+        """
+        from cgmq_fx.artifact import save
+
+        return save(self, Path(path))
+
+    def report(self) -> dict[str, Any]:
+        """The result as plain values: constraints, nodes, quantizers, metrics, history."""
+        from cgmq_fx.report import as_dict
+
+        return as_dict(self)
+
+    def __str__(self) -> str:
+        from cgmq_fx.report import render
+
+        return render(self)

@@ -1,0 +1,96 @@
+"""Verification: the cost of a finished graph, counted from the graph alone.
+
+Nothing here reads what the controller believes. Bits are read from the quantizers that stand in the
+graph, shapes come from running it on fake tensors, and an operand without a quantizer is float.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import GraphModule
+
+from cgmq_fx.cost_models import (
+    CONVENTION,
+    Assignment,
+    Budget,
+    ConstraintState,
+    GraphFacts,
+    Ledger,
+    NodeFacts,
+)
+from cgmq_fx.cost_models.errors import BoundError
+from cgmq_fx.passes.annotate import annotate
+from cgmq_fx.passes.capture import ExampleInputs
+from cgmq_fx.passes.freeze import read_bits
+from cgmq_fx.passes.shapes import PropagateShapes
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """What a graph costs.
+
+    Attributes:
+        states: Every constraint: bound, value, satisfied.
+        facts: The facts that the costs were computed from.
+        assignment: The bits of every quantizer.
+        per_node: For every constraint, the cost of each of `facts.nodes`.
+        convention: How things were counted.
+    """
+
+    states: tuple[ConstraintState, ...]
+    facts: GraphFacts
+    assignment: Assignment
+    per_node: tuple[tuple[float, ...], ...]
+    convention: str = CONVENTION
+
+    @property
+    def satisfied(self) -> bool:
+        """Whether every constraint holds."""
+        return all(state.satisfied for state in self.states)
+
+    @property
+    def nodes(self) -> tuple[NodeFacts, ...]:
+        """The facts of every node that costs something."""
+        return self.facts.nodes
+
+    def __getitem__(self, name: str) -> ConstraintState:
+        """The first constraint on the cost model `name`."""
+        for state in self.states:
+            if state.constraint.model.name == name:
+                return state
+        raise KeyError(name)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.states))
+
+
+def count(module: GraphModule, inputs: ExampleInputs, budget: Budget) -> CostReport:
+    """Count what a graph costs, from nothing but the graph.
+
+    Args:
+        module: A graph with quantizers, frozen or not.
+        inputs: Example inputs to take shapes from.
+        budget: The constraints to measure.
+
+    Returns:
+        The cost of every constraint and of every node.
+    """
+    PropagateShapes(inputs).run(module)
+    facts = annotate(module, inputs.batch or 1)
+    ledger = Ledger(facts, budget, read_bits(module))
+    per_node = tuple(ledger.node_costs(i) for i in range(len(budget)))
+    return CostReport(ledger.states(), facts, dict(ledger.assignment), per_node)
+
+
+def verify(module: GraphModule, inputs: ExampleInputs, budget: Budget) -> CostReport:
+    """Count, and insist that every constraint holds.
+
+    Raises:
+        BoundError: Naming every constraint that does not hold.
+    """
+    report = count(module, inputs, budget)
+    if not report.satisfied:
+        broken = ", ".join(str(state) for state in report.states if not state.satisfied)
+        raise BoundError(f"the finished graph does not satisfy its budget: {broken}")
+    return report

@@ -1,0 +1,57 @@
+"""Facts of a graph, cost models over them, and budgets of bounds on costs."""
+
+if __name__ != "cgmq_fx.cost_models":
+    raise ImportError("import this package as cgmq_fx.cost_models, not as a top-level name")
+
+from cgmq_fx.cost_models.bits import Assignment, BitArray, NodeBits, node_bits
+from cgmq_fx.cost_models.builtin import BOPs, MACs, WeightMemory
+from cgmq_fx.cost_models.constraint import Bound, Budget, Constraint, ConstraintState
+from cgmq_fx.cost_models.facts import (
+    CONVENTION,
+    FLOAT_BITS,
+    GraphFacts,
+    NodeFacts,
+    Operand,
+    QuantizerFacts,
+    Role,
+    Stored,
+)
+from cgmq_fx.cost_models.ledger import Ledger, highest_bits, lowest_bits, uniform_bits
+from cgmq_fx.cost_models.model import CostModel, cost_model, register_cost_model
+from cgmq_fx.cost_models.parse import BudgetLike, parse_bound, parse_budget
+from cgmq_fx.cost_models.preflight import check_cost_models, check_feasible, relevance
+
+__all__ = [
+    "CONVENTION",
+    "FLOAT_BITS",
+    "Assignment",
+    "BOPs",
+    "BitArray",
+    "Bound",
+    "Budget",
+    "BudgetLike",
+    "Constraint",
+    "ConstraintState",
+    "CostModel",
+    "GraphFacts",
+    "Ledger",
+    "MACs",
+    "NodeBits",
+    "NodeFacts",
+    "Operand",
+    "QuantizerFacts",
+    "Role",
+    "Stored",
+    "WeightMemory",
+    "check_cost_models",
+    "check_feasible",
+    "cost_model",
+    "highest_bits",
+    "lowest_bits",
+    "node_bits",
+    "parse_bound",
+    "parse_budget",
+    "register_cost_model",
+    "relevance",
+    "uniform_bits",
+]

@@ -1,0 +1,90 @@
+"""Bit-widths as a cost model sees them: distributions over what meets what.
+
+With one gate per tensor a compute node multiplies W-bit weights with A-bit activations. With finer
+granularity it multiplies a mixture, and a cost is the mean over the elements that meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from cgmq_fx.cost_models.facts import FLOAT_BITS, NodeFacts, Operand
+
+BitArray: TypeAlias = npt.NDArray[np.int64]
+Assignment: TypeAlias = Mapping[str, BitArray]
+"""The bits of every quantizer: name -> flat array with one entry per gate."""
+
+_RADIX = 64
+
+
+@dataclass(frozen=True, slots=True)
+class NodeBits:
+    """The bits of one node.
+
+    Attributes:
+        pairs: (count, first bits, second bits) of the operands' elements that meet, weight first;
+            empty for a node without operands. Counts are relative to their sum.
+        stored_bits: Total bits of what the node stores.
+    """
+
+    pairs: tuple[tuple[int, int, int], ...]
+    stored_bits: int
+
+    def mean(self, function: Callable[[int, int], float]) -> float:
+        """The mean of `function(weight bits, activation bits)` over the products of the node."""
+        if len(self.pairs) == 1:
+            return function(self.pairs[0][1], self.pairs[0][2])
+        total = sum(count for count, _, _ in self.pairs)
+        return sum(count * function(w, a) for count, w, a in self.pairs) / total if total else 0.0
+
+    @property
+    def weight(self) -> float:
+        """Mean bits of the first operand (the weight, where there is one)."""
+        return self.mean(lambda w, _: w)
+
+    @property
+    def activation(self) -> float:
+        """Mean bits of the second operand (the activation)."""
+        return self.mean(lambda _, a: a)
+
+
+def node_bits(node: NodeFacts, assignment: Assignment) -> NodeBits:
+    """The bits of `node` under `assignment`."""
+    stored = sum(
+        s.elements * s.bits if s.quantizer is None else _stored(s.elements, assignment[s.quantizer])
+        for s in node.stored
+    )
+    if not node.operands:
+        return NodeBits((), stored)
+    first, second = node.operands
+    return NodeBits(_pairs(_gates(first, assignment), _gates(second, assignment)), stored)
+
+
+def _gates(operand: Operand, assignment: Assignment) -> BitArray:
+    if operand.quantizer is None:
+        return np.array([FLOAT_BITS])
+    gates = assignment[operand.quantizer]
+    return gates if gates.size == 1 else gates.reshape(operand.meets)
+
+
+def _stored(elements: int, gates: BitArray) -> int:
+    """Bits of `elements` elements, an equal number of which belong to each gate."""
+    return elements // gates.size * int(gates.sum())
+
+
+def _pairs(first: BitArray, second: BitArray) -> tuple[tuple[int, int, int], ...]:
+    if first.size == 1 and second.size == 1:
+        return _single(int(first.flat[0]), int(second.flat[0]))
+    counts = np.bincount((first * _RADIX + second).ravel())
+    return tuple((int(counts[c]), int(c) // _RADIX, int(c) % _RADIX) for c in np.flatnonzero(counts))
+
+
+@lru_cache(maxsize=1024)
+def _single(first: int, second: int) -> tuple[tuple[int, int, int], ...]:
+    return ((1, first, second),)

@@ -1,0 +1,124 @@
+"""Bounds, constraints and budgets: fixed values, apart from the measurements made against them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isfinite
+
+from cgmq_fx.cost_models.errors import BudgetError
+from cgmq_fx.cost_models.model import CostModel
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """An upper bound.
+
+    Attributes:
+        value: In the unit of the cost model, or a fraction if `relative`.
+        relative: Whether it is a share of the same graph at 32 bits (0.004 is 0.4 %).
+
+    Raises:
+        BudgetError: If the value is not a positive, finite number.
+    """
+
+    value: float
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        if not isfinite(self.value) or self.value <= 0:
+            raise BudgetError(
+                f"a bound must be a positive, finite number, not {self.value:g}; no model has a "
+                "cost of zero or less, and a bound that is not a number bounds nothing"
+            )
+
+    def limit(self, reference: float) -> float:
+        """The bound in the unit of the cost model, given the cost at 32 bits."""
+        return self.value * reference if self.relative else self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """A cost model and an upper bound."""
+
+    model: CostModel
+    bound: Bound
+
+    def __str__(self) -> str:
+        value = f"{self.bound.value * 100:.6g}%" if self.bound.relative else self._absolute()
+        return f"{self.model.name} <= {value}"
+
+    def _absolute(self) -> str:
+        return f"{self.bound.value:.12g} {self.model.unit}".rstrip()
+
+    def __and__(self, other: Constraint | Budget) -> Budget:
+        return Budget((self,)) & other
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A conjunction of constraints; satisfied when all are.
+
+    Raises:
+        BudgetError: If it is empty, or if two constraints bound the same cost in the same way.
+    """
+
+    constraints: tuple[Constraint, ...]
+
+    def __post_init__(self) -> None:
+        if not self.constraints:
+            raise BudgetError('the budget is empty; give at least one bound, such as "bops <= 1%"')
+        seen: set[tuple[str, bool]] = set()
+        for constraint in self.constraints:
+            key = (constraint.model.name, constraint.bound.relative)
+            if key in seen:
+                raise BudgetError(f"the budget bounds {key[0]!r} twice; keep the smaller bound")
+            seen.add(key)
+
+    def __iter__(self) -> Iterator[Constraint]:
+        return iter(self.constraints)
+
+    def __len__(self) -> int:
+        return len(self.constraints)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.constraints))
+
+    def __and__(self, other: Constraint | Budget) -> Budget:
+        more = other.constraints if isinstance(other, Budget) else (other,)
+        return Budget(self.constraints + more)
+
+
+@dataclass(frozen=True, slots=True)
+class ConstraintState:
+    """One measurement of a constraint.
+
+    Attributes:
+        constraint: What was measured.
+        value: The cost, in the unit of the cost model.
+        limit: The bound, in the same unit.
+        reference: The cost of the same graph at 32 bits.
+    """
+
+    constraint: Constraint
+    value: float
+    limit: float
+    reference: float
+
+    @property
+    def satisfied(self) -> bool:
+        """Whether the cost is at most the bound, without any tolerance."""
+        return self.value <= self.limit
+
+    @property
+    def relative(self) -> float:
+        """The cost as a share of the same graph at 32 bits (0 where that costs nothing)."""
+        return self.value / self.reference if self.reference else 0.0
+
+    def __str__(self) -> str:
+        sign = "<=" if self.satisfied else "> (VIOLATED)"
+        name, unit = self.constraint.model.name, self.constraint.model.unit
+        if self.constraint.bound.relative:
+            bound = self.constraint.bound.value
+            return f"{name} {self.relative:.4%} {sign} {bound:.4%}"
+        return f"{name} {self.value:.6g} {sign} {self.limit:.6g} {unit}"

@@ -1,0 +1,59 @@
+"""The one exception hierarchy of cgmq_fx.
+
+Every mistake that a user can make ends in one of these. They live in the lowest layer so that each
+layer can raise them; users import them from `cgmq_fx`.
+"""
+
+from __future__ import annotations
+
+
+class CgmqError(Exception):
+    """Base of every error that cgmq_fx raises on purpose."""
+
+
+class BudgetError(CgmqError, ValueError):
+    """A budget cannot be read: wrong syntax, wrong unit, or a bound that is no bound."""
+
+
+class UnknownCostError(BudgetError):
+    """A budget names a cost that is not registered."""
+
+
+class InfeasibleBudgetError(BudgetError):
+    """No assignment of the allowed bit-widths satisfies the budget."""
+
+
+class CostModelError(CgmqError):
+    """A cost model breaks its contract: not finite, negative, or lower for more bits."""
+
+
+class OptionError(CgmqError, ValueError):
+    """An option of the public API has a value that makes no sense."""
+
+
+class CaptureError(CgmqError):
+    """The model cannot be turned into a graph."""
+
+
+class UnsupportedModelError(CgmqError):
+    """The graph was captured, but there is nothing in it that can be quantized."""
+
+
+class PassError(CgmqError):
+    """A pass left the graph in a state that breaks the contract of its stage."""
+
+
+class DataError(CgmqError):
+    """The training or calibration data does not fit the model."""
+
+
+class TrainingError(CgmqError):
+    """Training went wrong: the loss, a gradient or a range is not finite."""
+
+
+class BoundError(CgmqError):
+    """The verification of a finished model found a constraint that does not hold."""
+
+
+class ArtifactError(CgmqError):
+    """A file is not an artifact of cgmq_fx, is damaged, or is of a newer format."""

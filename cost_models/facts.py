@@ -1,0 +1,147 @@
+"""Facts of a graph that every cost is computed from: shapes, counts and who quantizes what.
+
+Facts never change during training; only the bits of the quantizers do. Everything is counted per
+sample: a tensor of shape (batch, 32, 12, 12) has 4608 elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+
+FLOAT_BITS = 32
+"""Bits of a tensor that no quantizer touches."""
+
+CONVENTION = (
+    "1 multiply-accumulate = 1 MAC, per sample, biases not counted as MACs; "
+    "BOPs = MACs x weight bits x activation bits; relative = share of the same graph at 32 x 32 "
+    "bits; the network input counts at the bits of its own quantizer, the last layer like any other"
+)
+"""The counting convention, printed with every number: tools that differ cannot be compared."""
+
+
+class Role(Enum):
+    """What an operand or a quantizer stands on."""
+
+    WEIGHT = "weight"
+    ACTIVATION = "activation"
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One of the two factors that a compute node multiplies.
+
+    Attributes:
+        role: Weight (does not depend on the model's input) or activation.
+        elements: Elements of the tensor, per sample for an activation.
+        quantizer: Name of the quantizer that the operand passes through, or None for float.
+        meets: Shape to which the quantizer's gates are reshaped so that they broadcast against the
+            gates of the other operand, element meeting element. Empty for a single gate.
+    """
+
+    role: Role
+    elements: int
+    quantizer: str | None
+    meets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor that the model keeps: a weight, a bias, a table, a buffer.
+
+    Attributes:
+        name: Its name in the model's state.
+        elements: Number of elements.
+        quantizer: Name of the quantizer that sets its bits, or None.
+        bits: Bits per element where there is no quantizer.
+    """
+
+    name: str
+    elements: int
+    quantizer: str | None = None
+    bits: int = FLOAT_BITS
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What a node of the graph costs, apart from its bits.
+
+    Attributes:
+        name: The node's name in the graph.
+        op: The op, for example `aten.conv2d.default`.
+        macs: Multiply-accumulates per sample; 0 for a node that only stores something.
+        operands: The two factors of a compute node, weight first if there is one; else empty.
+        output_elements: Elements of the output, per sample.
+        output_shape: Shape of the output with the example batch.
+        groups: Groups of a convolution, otherwise 1.
+        stored: What the node reads from the model's state, each tensor at its first reader only.
+        module: Path of the user's module that the node came from, empty if unknown.
+    """
+
+    name: str
+    op: str
+    macs: int = 0
+    operands: tuple[Operand, ...] = ()
+    output_elements: int = 0
+    output_shape: tuple[int, ...] = ()
+    groups: int = 1
+    stored: tuple[Stored, ...] = ()
+    module: str = ""
+
+    @property
+    def quantizers(self) -> Iterator[str]:
+        """Names of the quantizers that this node's cost can depend on."""
+        for part in (*self.operands, *self.stored):
+            if part.quantizer is not None:
+                yield part.quantizer
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizerFacts:
+    """What is fixed about a quantizer.
+
+    Attributes:
+        name: Its name, unique in the graph.
+        role: Whether it stands on a weight or on an activation.
+        gates: Number of gates that it owns.
+        bit_widths: The bit-widths that each gate may take, ascending.
+        elements: Elements of the tensor, per sample for an activation.
+    """
+
+    name: str
+    role: Role
+    gates: int
+    bit_widths: tuple[int, ...]
+    elements: int
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """The facts of a whole graph, in execution order.
+
+    Attributes:
+        nodes: Every node that multiplies or stores something.
+        quantizers: The quantizers by name.
+        unknown: Nodes whose op no table knows, as "name (op, place)": never counted as 0 silently.
+        batch: The batch size of the example inputs that shapes were taken from.
+    """
+
+    nodes: tuple[NodeFacts, ...]
+    quantizers: Mapping[str, QuantizerFacts]
+    unknown: tuple[str, ...] = ()
+    batch: int = 1
+    readers: Mapping[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        readers: dict[str, list[int]] = {name: [] for name in self.quantizers}
+        for index, node in enumerate(self.nodes):
+            for name in dict.fromkeys(node.quantizers):
+                readers[name].append(index)
+        object.__setattr__(self, "readers", {n: tuple(i) for n, i in readers.items()})
+
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-accumulates per sample of the whole graph."""
+        return sum(node.macs for node in self.nodes)

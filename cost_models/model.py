@@ -1,0 +1,113 @@
+"""The interface of a cost model, and the table of those that budgets can name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from math import fsum
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from cgmq_fx.cost_models.bits import NodeBits
+from cgmq_fx.cost_models.errors import CostModelError, UnknownCostError
+from cgmq_fx.cost_models.facts import GraphFacts, NodeFacts
+
+if TYPE_CHECKING:
+    from cgmq_fx.cost_models.constraint import Bound, Constraint
+
+
+class CostModel(ABC):
+    """Maps graph facts and bit-widths to a number with a unit.
+
+    A subclass sets `name` and `unit` and writes `node_cost`. The cost must be finite, not negative,
+    and never lower for more bits; this is checked when a budget is built.
+
+    A model whose total is not the sum over the nodes (a peak, say) sets `additive = False` and
+    overrides `graph_cost` as well; `node_cost` is then what reports show per node.
+
+    Attributes:
+        name: What a budget string calls it.
+        unit: Its unit, as `pint` spells it ("byte", "second"), or a word of its own ("bop").
+        additive: Whether the total is the sum of `node_cost` over the nodes.
+    """
+
+    name: ClassVar[str]
+    unit: ClassVar[str]
+    additive: ClassVar[bool] = True
+
+    @abstractmethod
+    def node_cost(self, node: NodeFacts, bits: NodeBits) -> float:
+        """The cost of one node, per sample.
+
+        Args:
+            node: Its facts.
+            bits: Its bits, as a distribution over the elements that meet.
+
+        Returns:
+            The cost in `unit`.
+        """
+
+    def graph_cost(self, graph: GraphFacts, bits: Sequence[NodeBits]) -> float:
+        """The cost of the whole graph.
+
+        Args:
+            graph: The facts of the graph.
+            bits: The bits of each of `graph.nodes`, in that order.
+
+        Returns:
+            The cost in `unit`; the sum over the nodes unless overridden.
+        """
+        return fsum(self.node_cost(n, b) for n, b in zip(graph.nodes, bits, strict=True))
+
+    def __le__(self, bound: float | str | Bound) -> Constraint:
+        """`BOPs() <= 2e6` and `BOPs() <= "0.4%"` are constraints.
+
+        Raises:
+            BudgetError: If `bound` cannot be read as a bound.
+        """
+        from cgmq_fx.cost_models.constraint import Constraint
+        from cgmq_fx.cost_models.parse import parse_bound
+
+        return Constraint(self, parse_bound(bound, self))
+
+
+_REGISTRY: dict[str, type[CostModel]] = {}
+
+Model = TypeVar("Model", bound=CostModel)
+
+
+def register_cost_model(model: type[Model]) -> type[Model]:
+    """Make a cost model usable by its name in budget strings; usable as a class decorator.
+
+    Raises:
+        CostModelError: If it has no name or unit, or if another model has that name already.
+    """
+    name = getattr(model, "name", "")
+    if not name or not name.isidentifier():
+        raise CostModelError(
+            f"{model.__qualname__} needs a `name` that is an identifier, such as 'wires'; "
+            f"it has {name!r}"
+        )
+    if not isinstance(getattr(model, "unit", None), str):
+        raise CostModelError(f"{model.__qualname__} needs a `unit`, a string such as 'byte'")
+    if name in _REGISTRY and _REGISTRY[name] is not model:
+        raise CostModelError(
+            f"a cost model named {name!r} is registered already ({_REGISTRY[name].__qualname__}); "
+            "give the new one another name"
+        )
+    _REGISTRY[name] = model
+    return model
+
+
+def cost_model(name: str) -> CostModel:
+    """A registered cost model by name.
+
+    Raises:
+        UnknownCostError: If no model has that name.
+    """
+    if name not in _REGISTRY:
+        known = ", ".join(sorted(_REGISTRY))
+        raise UnknownCostError(
+            f"there is no cost model named {name!r}; known are {known}. "
+            "Register your own with cgmq_fx.register_cost_model"
+        )
+    return _REGISTRY[name]()

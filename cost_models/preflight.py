@@ -1,0 +1,119 @@
+"""What is checked before any training: that cost models keep their contract and bounds can be met."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import isfinite
+
+import numpy as np
+
+from cgmq_fx.cost_models.bits import Assignment, BitArray
+from cgmq_fx.cost_models.constraint import Budget
+from cgmq_fx.cost_models.errors import CostModelError, InfeasibleBudgetError
+from cgmq_fx.cost_models.facts import CONVENTION, GraphFacts
+from cgmq_fx.cost_models.ledger import Ledger, highest_bits, lowest_bits
+
+_DOMINANT = 3
+
+
+def check_cost_models(graph: GraphFacts, budget: Budget) -> None:
+    """Check that every cost model of `budget` is finite, not negative and monotone on `graph`.
+
+    Every quantizer is raised level by level, once with all others at their lowest bits and once
+    with all others at their highest.
+
+    Raises:
+        CostModelError: With the two assignments that prove the violation.
+    """
+    for others in (lowest_bits(graph), highest_bits(graph)):
+        ledger = Ledger(graph, budget, others)
+        _check_values(ledger, ledger.totals, "with every gate at the same end of its bit-widths")
+        for name in graph.quantizers:
+            _check_quantizer(ledger, name)
+
+
+def check_feasible(graph: GraphFacts, budget: Budget) -> None:
+    """Check that the smallest bit-widths satisfy `budget`; costs are monotone, so if they do not,
+    nothing does.
+
+    Raises:
+        InfeasibleBudgetError: Naming each constraint that cannot hold, the least reachable cost
+            and the layers that dominate it.
+    """
+    ledger = Ledger(graph, budget, lowest_bits(graph))
+    if ledger.satisfied:
+        return
+    lines = [_infeasible(ledger, index) for index in ledger.violated]
+    raise InfeasibleBudgetError(
+        "the budget cannot be met, whatever the training does: "
+        + "; ".join(lines)
+        + f". Allow smaller bit-widths or raise the bound. (Counting: {CONVENTION})"
+    )
+
+
+def relevance(graph: GraphFacts, budget: Budget) -> dict[str, tuple[bool, ...]]:
+    """For every quantizer, whether each constraint's cost depends on its bits.
+
+    A quantizer is relevant when lowering it from its highest to its lowest bits changes the cost
+    with all others at their highest or at their lowest bits.
+    """
+    ends = (lowest_bits(graph), highest_bits(graph))
+    relevant = {name: np.zeros(len(budget), dtype=bool) for name in graph.quantizers}
+    for others in ends:
+        ledger = Ledger(graph, budget, others)
+        for name in graph.quantizers:
+            low, high = (np.array(ledger.trial(name, end[name])) for end in ends)
+            relevant[name] |= high != low
+    return {name: tuple(bool(r) for r in flags) for name, flags in relevant.items()}
+
+
+def _check_quantizer(ledger: Ledger, name: str) -> None:
+    before, before_bits = None, None
+    for bits in _levels(ledger.graph, name):
+        totals = ledger.trial(name, bits)
+        _check_values(ledger, totals, f"with {name} at {bits[0]} bits")
+        for i, constraint in enumerate(ledger.budget):
+            if before is not None and before_bits is not None and totals[i] < before[i]:
+                raise CostModelError(
+                    f"the cost model {constraint.model.name!r} falls from {before[i]:g} to "
+                    f"{totals[i]:g} {constraint.model.unit} when {name} goes from "
+                    f"{before_bits[0]} to {bits[0]} bits and all others stay "
+                    f"({_others(ledger.assignment, name)}); a cost must never be lower for more bits"
+                )
+        before, before_bits = totals, bits
+
+
+def _levels(graph: GraphFacts, name: str) -> Iterator[BitArray]:
+    facts = graph.quantizers[name]
+    return (np.full(facts.gates, bits) for bits in facts.bit_widths)
+
+
+def _others(assignment: Assignment, name: str) -> str:
+    shown = [f"{n}: {b.flat[0]} bits" for n, b in assignment.items() if n != name]
+    return ", ".join(shown[:_DOMINANT]) + (", ..." if len(shown) > _DOMINANT else "")
+
+
+def _check_values(ledger: Ledger, totals: tuple[float, ...], where: str) -> None:
+    for constraint, total in zip(ledger.budget, totals, strict=True):
+        if not isfinite(total) or total < 0:
+            raise CostModelError(
+                f"the cost model {constraint.model.name!r} gives {total} {where}; "
+                "a cost must be finite and not negative"
+            )
+
+
+def _infeasible(ledger: Ledger, index: int) -> str:
+    state = ledger.states()[index]
+    model = state.constraint.model
+    if state.constraint.bound.relative:
+        floor, bound = f"{state.relative:.3%}", f"{state.constraint.bound.value:.3%}"
+    else:
+        floor, bound = f"{state.value:,.6g} {model.unit}", f"{state.limit:,.6g} {model.unit}"
+    costs = ledger.node_costs(index)
+    order = sorted(range(len(costs)), key=lambda i: -costs[i])[:_DOMINANT]
+    total = sum(costs) or 1.0
+    layers = ", ".join(f"{ledger.graph.nodes[i].name} ({costs[i] / total:.0%})" for i in order)
+    return (
+        f"{model.name} <= {bound} is asked for, but with every gate at its smallest bit-width it is "
+        f"still {floor}, most of it in {layers}"
+    )

@@ -1,0 +1,159 @@
+"""Annotation: the facts of every node that multiplies or stores something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from torch.fx import GraphModule, Node
+
+from cgmq_fx.cost_models.facts import GraphFacts, NodeFacts, Operand, QuantizerFacts, Role, Stored
+from cgmq_fx.passes.bias import BIASES
+from cgmq_fx.passes.infra import Pass, PassResult, module_path, place
+from cgmq_fx.passes.insert import QUANTIZERS, operands
+from cgmq_fx.passes.meeting import meeting
+from cgmq_fx.passes.optable import ComputeOp, compute_op, is_known
+from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer
+from cgmq_fx.passes.state import (
+    groups_of,
+    quantizer_name,
+    quantizer_of,
+    reachable_from_inputs,
+    shape_of,
+    tensor_at,
+)
+
+FACTS = "cgmq_facts"
+"""The one `node.meta` key of this library; its value is a `NodeFacts`."""
+
+_OWN = (QUANTIZERS, BIASES)
+
+
+def _operands(module: GraphModule, node: Node, op: ComputeOp, live: set[Node], batch: int) -> tuple[Operand, ...]:
+    """Weight first, then activation; of two activations, in the order of the op."""
+    first, second = operands(node, op)
+    found = quantizer_of(module, first), quantizer_of(module, second)
+    gates = [q[1].spec.gate_shape if q else () for q in found]
+    meets = meeting(node, op, gates[1], prod(gates[0]))
+    rows = [
+        _operand(first, found[0], meets[1], live, batch),
+        _operand(second, found[1], meets[0], live, batch),
+    ]
+    return tuple(sorted(rows, key=lambda row: row.role is not Role.WEIGHT))
+
+
+def _operand(
+    node: Node, found: tuple[str, Quantizer] | None, meets: tuple[int, ...], live: set[Node], batch: int
+) -> Operand:
+    elements = prod(shape_of(node) or ())
+    role = Role.ACTIVATION if node in live else Role.WEIGHT
+    if role is Role.ACTIVATION:
+        elements //= batch
+    return Operand(role, elements, found[0] if found else None, meets)
+
+
+def _stored(module: GraphModule) -> dict[Node, list[Stored]]:
+    """What the graph keeps, by the first node that uses it."""
+    result: dict[Node, list[Stored]] = {}
+    seen: set[int] = set()
+    for node in module.graph.nodes:
+        tensor = tensor_at(module, node.target) if node.op == "get_attr" else None
+        if tensor is None or str(node.target).startswith(_OWN) or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        reader, quantizer, bits = _first_use(module, node, tensor.element_size() * 8)
+        row = Stored(str(node.target), tensor.numel(), quantizer, bits)
+        result.setdefault(reader, []).append(row)
+    return result
+
+
+def _first_use(module: GraphModule, node: Node, bits: int) -> tuple[Node, str | None, int]:
+    """The first op that uses a tensor, the quantizer on the way, and the bits if there is none."""
+    quantizer: str | None = None
+    while node.users:
+        user = min(node.users)
+        if user.op != "call_module":
+            return user, quantizer, bits
+        owner = module.get_submodule(str(user.target))
+        if isinstance(owner, Quantizer):
+            quantizer = quantizer_name(user)
+        elif isinstance(owner, BiasQuantizer):
+            bits = 32
+        node = user
+    return node, quantizer, bits
+
+
+def _facts(
+    module: GraphModule, node: Node, stored: list[Stored], live: set[Node], batch: int
+) -> NodeFacts:
+    op, shape = compute_op(node), shape_of(node) or ()
+    per_sample = batch if node in live else 1
+    macs, factors = 0, ()
+    if op is not None:
+        first, second = (shape_of(f) or () for f in operands(node, op))
+        macs = op.macs(first, second, shape) // per_sample
+        factors = _operands(module, node, op, live, batch)
+    return NodeFacts(
+        name=node.name,
+        op=str(node.target),
+        macs=macs,
+        operands=factors,
+        output_elements=prod(shape) // per_sample if shape else 0,
+        output_shape=shape,
+        groups=groups_of(node) if op else 1,
+        stored=tuple(stored),
+        module=module_path(node),
+    )
+
+
+def _quantizer_facts(module: GraphModule, live: set[Node], batch: int) -> Iterator[QuantizerFacts]:
+    for node in module.graph.nodes:
+        owner = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(owner, Quantizer):
+            continue
+        elements = prod(shape_of(node) or ()) // (batch if node in live else 1)
+        spec = owner.spec
+        yield QuantizerFacts(
+            quantizer_name(node), spec.role, owner.bits.numel(), spec.bit_widths, elements
+        )
+
+
+def annotate(module: GraphModule, batch: int) -> GraphFacts:
+    """Write `meta["cgmq_facts"]` of every node that costs something, and collect the facts.
+
+    Args:
+        module: A graph with shapes; quantizers may be in it or not.
+        batch: The batch size that the shapes were taken with.
+
+    Returns:
+        The facts, in execution order. Ops that no table knows are listed in `unknown`.
+    """
+    live = reachable_from_inputs(module.graph)
+    stored = _stored(module)
+    nodes, unknown = [], []
+    for node in module.graph.nodes:
+        node.meta.pop(FACTS, None)
+        if compute_op(node) is not None or node in stored:
+            node.meta[FACTS] = _facts(module, node, stored.get(node, []), live, batch)
+            nodes.append(node.meta[FACTS])
+        elif not is_known(node):
+            unknown.append(f"{node.name} ({node.target}{', ' if place(node) else ''}{place(node)})")
+    quantizers = {q.name: q for q in _quantizer_facts(module, live, batch)}
+    return GraphFacts(tuple(nodes), quantizers, tuple(unknown), batch)
+
+
+@dataclass(frozen=True)
+class Annotate(Pass):
+    """Annotate costs: the pass form of `annotate`.
+
+    Before: a graph with shapes. After: `meta["cgmq_facts"]` of every node that multiplies or stores
+    something is its `NodeFacts`; nothing else is changed.
+    """
+
+    batch: int
+
+    def run(self, module: GraphModule) -> PassResult:
+        """Write the facts."""
+        annotate(module, self.batch)
+        return PassResult(module, modified=False)

@@ -1,0 +1,111 @@
+"""The uniform grids that nest: what a range, a sign and a bit-width mean in numbers.
+
+For a range `beta > 0` and `b` bits (van Baalen et al., Bayesian Bits, NeurIPS 2020):
+
+- signed: codes `-(2^(b-1)-1) .. 2^(b-1)-1`, step `2*beta/(2^b-1)`;
+- unsigned: codes `0 .. 2^b-1`, step `beta/(2^b-1)`;
+- 0 bits: only the code 0; 32 bits: no grid, values pass through.
+
+For bit-widths that double, a step is an odd multiple of the next finer one, so the coarse grid is
+part of the fine one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PASS_THROUGH = 32
+"""The bit-width at which values pass through unchanged."""
+
+MAX_GRID_BITS = 16
+"""The finest grid; float32 cannot tell the codes of a much finer one apart."""
+
+DEFAULT_BIT_WIDTHS = (2, 4, 8, 16, 32)
+
+
+class Grid(NamedTuple):
+    """A grid as tensors that broadcast against the quantized tensor.
+
+    Attributes:
+        step: Distance between neighbouring values.
+        low: Smallest code.
+        high: Largest code.
+    """
+
+    step: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def allowed_bit_width(bits: int) -> bool:
+    """Whether a quantizer can take `bits`: 0 (prune), 2 to 16, or 32 (float)."""
+    return bits in (0, PASS_THROUGH) or 2 <= bits <= MAX_GRID_BITS
+
+
+def grid(limit: Tensor, bits: Tensor, signed: bool) -> Grid:
+    """The grid of the range `limit` at `bits`; at 32 bits that of 16, which nobody must use.
+
+    Args:
+        limit: Range beta, positive, of a shape that broadcasts against `bits`.
+        bits: Bit-widths, integer.
+        signed: Whether codes below zero exist.
+
+    Returns:
+        Step, lowest and highest code, in the dtype of `limit`.
+    """
+    codes = (torch.ones_like(bits) << bits.clamp(max=MAX_GRID_BITS)) - 1
+    intervals = codes.clamp(min=1).to(limit.dtype)
+    if signed:
+        high = ((codes - 1).clamp(min=0) // 2).to(limit.dtype)
+        return Grid(2 * limit / intervals, -high, high)
+    high = codes.to(limit.dtype)
+    return Grid(limit / intervals, torch.zeros_like(high), high)
+
+
+def round_to_grid(x: Tensor, limit: Tensor, bits: Tensor, signed: bool) -> Tensor:
+    """The value on the grid that is nearest to each element of `x` (ties to even codes).
+
+    Args:
+        x: Any shape, floating point.
+        limit: Range, broadcastable against `x`.
+        bits: Bit-widths, broadcastable against `x`.
+        signed: Whether codes below zero exist.
+
+    Returns:
+        A new tensor like `x`.
+    """
+    on_cpu = bits.device.type == "cpu"
+    if on_cpu and bool((bits >= PASS_THROUGH).all()):
+        return x.clone()
+    step, low, high = grid(limit, bits, signed)
+    y = (x / step).round_().clamp_(low, high).mul_(step)
+    if on_cpu and not bool((bits >= PASS_THROUGH).any()):
+        return y
+    return torch.where(bits >= PASS_THROUGH, x, y)
+
+
+def finest_step(log_range: Tensor, bits: Tensor, signed: bool) -> Tensor:
+    """The step of the finest grid in use, per range; 0 where something passes through.
+
+    Because grids nest, every value of a tensor with mixed bit-widths lies on this one.
+
+    Args:
+        log_range: Natural logarithm of the range, of the range's shape.
+        bits: Bit-widths of the gates, of a shape that broadcasts against the range.
+        signed: Whether codes below zero exist.
+
+    Returns:
+        A tensor of the shape of `log_range`.
+    """
+    limit = log_range.exp()
+    step = grid(limit, bits, signed).step
+    step = torch.where(bits >= PASS_THROUGH, torch.zeros_like(step), step)
+    while step.dim() > limit.dim():
+        step = step.amin(0)
+    for axis in range(step.dim()):
+        if step.shape[axis] != limit.shape[axis]:
+            step = step.amin(axis, keepdim=True)
+    return step

@@ -1,0 +1,192 @@
+"""Insertion: quantizers on every operand of a compute node, and on what integer adds read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from cgmq_fx.cost_models.errors import PassError, UnsupportedModelError
+from cgmq_fx.cost_models.facts import Role
+from cgmq_fx.passes.infra import Pass, PassResult, place
+from cgmq_fx.passes.meeting import channel_axis, gate_shape, weight_axis
+from cgmq_fx.passes.optable import (
+    BINARY,
+    INTEGER,
+    ComputeOp,
+    argument,
+    compute_op,
+    non_negative,
+)
+from cgmq_fx.passes.quantizer import Quantizer, QuantizerSpec
+from cgmq_fx.passes.scheme import Scheme
+from cgmq_fx.passes.state import (
+    is_float,
+    quantizer_of,
+    reachable_from_inputs,
+    shape_of,
+    sources,
+    view_root,
+)
+
+QUANTIZERS = "cgmq_quantizers"
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A tensor to be quantized, and the compute node that asked for it first."""
+
+    node: Node
+    role: Role
+    reader: Node
+    op: ComputeOp | None
+
+
+def operands(node: Node, op: ComputeOp) -> tuple[Node, Node]:
+    """The two factors of a compute node: activation (or first), weight (or second)."""
+    return argument(node, op.activation), argument(node, op.weight)
+
+
+def _wanted(module: GraphModule, live: set[Node]) -> dict[Node, list[_Place]]:
+    """Every tensor that a compute node multiplies, with its readers; grids that pass are one."""
+    wanted: dict[Node, list[_Place]] = {}
+    for node in module.graph.nodes:
+        op = compute_op(node)
+        if op is None:
+            continue
+        for factor in operands(node, op):
+            if not is_float(factor):
+                continue
+            role = Role.ACTIVATION if factor in live else Role.WEIGHT
+            root = view_root(factor)
+            wanted.setdefault(root, []).append(_Place(root, role, node, op))
+    on_grid = {n for n in wanted if any(s in wanted for s in list(sources(n))[1:])}
+    return {n: places for n, places in wanted.items() if n not in on_grid}
+
+
+def _links(module: GraphModule, live: set[Node]) -> Iterator[_Place]:
+    """Operands of element-wise sums and products in integers that are not on a grid yet.
+
+    Such an op is executed in integers when its result is quantized: when each of its readers,
+    through ops that integer runtimes have, is a quantizer or another such op.
+    """
+    integer: dict[Node, bool] = {}
+    for node in reversed(module.graph.nodes):
+        readers = [u for u in node.users if is_float(u) or u.op == "call_module"]
+        integer[node] = bool(readers) and all(
+            u.op == "call_module" or (u.target in INTEGER and integer[u])
+            for u in readers
+        )
+    for node in module.graph.nodes:
+        if node.op != "call_function" or node.target not in BINARY or not integer.get(node):
+            continue
+        for factor in node.all_input_nodes:
+            root = view_root(factor)
+            if factor in live and is_float(factor) and quantizer_of(module, factor) is None:
+                yield _Place(root, Role.ACTIVATION, node, None)
+
+
+def _spec(scheme: Scheme, places: list[_Place], batched: bool) -> QuantizerSpec:
+    first, shape = places[0], shape_of(places[0].node) or ()
+    if first.role is Role.WEIGHT:
+        axes = {weight_axis(p.reader, p.op) if p.op else None for p in places}
+        axis = axes.pop() if len(axes) == 1 else None
+        gates = gate_shape(scheme.weights, shape, axis)
+        ranges = gate_shape(scheme.weight_ranges, shape, axis)
+        return QuantizerSpec(first.role, True, scheme.bit_widths, gates, ranges)
+    signed = not non_negative(first.node)
+    widths, granularity = scheme.bit_widths, scheme.activations
+    if first.op is None:
+        widths, granularity = scheme.link_widths, "tensor"
+    elif first.node.op == "placeholder" and scheme.input_bits is not None:
+        widths = (scheme.input_bits,)
+    axis = channel_axis(first.reader, first.op, first.node) if first.op else None
+    gates = gate_shape(granularity, shape, axis)
+    return QuantizerSpec(first.role, signed, widths, gates, (), batched)
+
+
+def _name(module: GraphModule, node: Node) -> str:
+    base = str(node.target) if node.op == "get_attr" else node.name
+    base = base.replace(".", "_")
+    taken, name, count = module.get_submodule(QUANTIZERS)._modules, base, 1
+    while name in taken:
+        name, count = f"{base}_{count}", count + 1
+    return name
+
+
+def _insert(module: GraphModule, node: Node, spec: QuantizerSpec) -> None:
+    """Put a quantizer behind `node`; all that read its values read the quantizer instead."""
+    value = node.meta["val"]
+    name = _name(module, node)
+    quantizer = Quantizer(spec, value.device)
+    container = module.get_submodule(QUANTIZERS)
+    container.add_module(name, quantizer)
+    with module.graph.inserting_before(_first_reader(node)):
+        call = module.graph.call_module(f"{QUANTIZERS}.{name}", (node,))
+    call.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")}
+    for user in list(node.users):
+        if user is not call and not _reads_size_only(user):
+            user.replace_input_with(node, call)
+
+
+def _first_reader(node: Node) -> Node:
+    """Where to insert: before the first reader, for state and inputs; else right behind `node`."""
+    return min(node.users) if node.op in ("placeholder", "get_attr") else node.next
+
+
+def _reads_size_only(user: Node) -> bool:
+    return getattr(user.target, "_opname", "") in ("sym_size", "sym_numel", "sym_stride", "size")
+
+
+@dataclass(frozen=True)
+class InsertQuantizers(Pass):
+    """Insert a quantizer on every factor of every compute node, one per tensor.
+
+    Before: a normalised graph with shapes. After: every floating-point factor of every compute node
+    is on the grid of exactly one quantizer, whatever views, max-pools and slices lie in between;
+    results that are never negative are unsigned, all else is signed; the operands of adds whose
+    result is quantized are on grids of their own, of at most 8 bits, so that an integer runtime can
+    rescale and add them.
+
+    Attributes:
+        scheme: Bit-widths and granularity.
+        batched: Whether dimension 0 of activations is the batch.
+    """
+
+    scheme: Scheme
+    batched: bool = True
+
+    def run(self, module: GraphModule) -> PassResult:
+        """Insert all quantizers."""
+        if not any(compute_op(n) for n in module.graph.nodes):
+            raise UnsupportedModelError(
+                "there is nothing to quantize: the graph has no node that multiplies and accumulates"
+            )
+        module.add_module(QUANTIZERS, nn.Module())
+        live = reachable_from_inputs(module.graph)
+        for node, places in _wanted(module, live).items():
+            _insert(module, node, _spec(self.scheme, places, self.batched))
+        live = reachable_from_inputs(module.graph)
+        for link in list(_links(module, live)):
+            if quantizer_of(module, link.node) is None and not _is_quantized(module, link.node):
+                _insert(module, link.node, _spec(self.scheme, [link], self.batched))
+        return PassResult(module, modified=True)
+
+    def check(self, module: GraphModule) -> None:
+        """Every factor of every compute node is on a grid."""
+        for node in module.graph.nodes:
+            op = compute_op(node)
+            for factor in operands(node, op) if op else ():
+                if is_float(factor) and quantizer_of(module, factor) is None:
+                    raise PassError(f"{factor} of {node} ({place(node)}) has no quantizer")
+
+
+def _is_quantized(module: GraphModule, node: Node) -> bool:
+    """Whether a quantizer reads `node` already."""
+    return any(
+        u.op == "call_module" and isinstance(module.get_submodule(str(u.target)), Quantizer)
+        for u in node.users
+    )
+

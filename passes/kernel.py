@@ -1,0 +1,175 @@
+"""The fake-quantize kernel: one op forward, one op backward, for every granularity.
+
+Bit-widths and ranges are tensors, so a gate that moves recompiles nothing and waits for no device.
+The backward op also returns what gates are steered by: the gradient with respect to `probe` is not
+a derivative but the statistic of a `Statistic`, so that saliencies come out of the one backward
+pass, add up over micro-batches like gradients, and need no second pass over activations.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from cgmq_fx.passes.grid import PASS_THROUGH, grid, round_to_grid
+
+
+class Statistic(IntEnum):
+    """What the backward pass reports for every gate.
+
+    NONE: nothing.
+    CHANGE: one row, the sum over the gate's elements of `(gradient * change)^2`, where `change` is
+        what moving to the adjacent bit-width would do to the element: the diagonal of the empirical
+        Fisher information along that move.
+    MAGNITUDES: three rows, the mean over the gate's elements of `|gradient|`, of `|value|`, and of
+        their product, where activations are first averaged over the batch (Van Baelen and
+        Karsmakers, arXiv 2409.20138).
+    """
+
+    NONE = 0
+    CHANGE = 1
+    MAGNITUDES = 2
+
+    @property
+    def rows(self) -> int:
+        """Numbers per gate."""
+        return (0, 1, 3)[self]
+
+
+@torch.library.custom_op("cgmq_fx::fake_quantize", mutates_args=())
+def fake_quantize(
+    x: Tensor,
+    limit: Tensor,
+    bits: Tensor,
+    adjacent: Tensor | None,
+    probe: Tensor | None,
+    signed: bool,
+    batched: bool,
+    statistic: int,
+) -> Tensor:
+    """Round `x` to the grid of range `limit` at `bits`.
+
+    Straight-through gradient inside the range, zero outside; the range gets the gradient of LSQ
+    (Esser et al., ICLR 2020) scaled by `1/sqrt(elements per range * highest code)`.
+
+    Args:
+        x: Any shape, floating point.
+        limit: Range, broadcastable against `x`.
+        bits: Bit-widths, integer, broadcastable against `x`.
+        adjacent: Bit-widths to compare with, like `bits`; needed for `Statistic.CHANGE`.
+        probe: Shape (rows of the statistic, *bits.shape); only its gradient matters.
+        signed: Whether codes below zero exist.
+        batched: Whether dimension 0 of `x` is the batch.
+        statistic: A `Statistic`.
+
+    Returns:
+        A tensor like `x`.
+    """
+    y = _wide(x)
+    return round_to_grid(y, limit.to(y.dtype), bits, signed).to(x.dtype)
+
+
+@fake_quantize.register_fake
+def _(
+    x: Tensor,
+    limit: Tensor,
+    bits: Tensor,
+    adjacent: Tensor | None,
+    probe: Tensor | None,
+    signed: bool,
+    batched: bool,
+    statistic: int,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("cgmq_fx::fake_quantize_backward", mutates_args=())
+def fake_quantize_backward(
+    grad: Tensor,
+    x: Tensor,
+    limit: Tensor,
+    bits: Tensor,
+    adjacent: Tensor | None,
+    signed: bool,
+    batched: bool,
+    statistic: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `fake_quantize` with respect to `x`, `limit` and `probe`."""
+    wide, beta = _wide(x), limit.to(_wide(x).dtype)
+    g = grad.to(wide.dtype)
+    step, low, high = grid(beta, bits, signed)
+    passed = bits >= PASS_THROUGH
+    inside = (wide.abs() <= beta) if signed else (wide >= 0) & (wide <= beta)
+    inside = inside | passed
+    codes = wide / step
+    error = codes.round().clamp_(low, high) - codes * inside
+    error = torch.where(passed, torch.zeros_like(error), error)
+    per_range = (g * error * (step / beta)).sum_to_size(limit.shape)
+    count = x.numel() / max(limit.numel(), 1) * high.mean().clamp(min=1.0)
+    grad_limit = (per_range / count.sqrt()).to(limit.dtype)
+    reported = _statistic(g, wide, beta, bits, adjacent, signed, batched, Statistic(statistic))
+    return (grad * inside).to(grad.dtype), grad_limit, reported.to(limit.dtype)
+
+
+@fake_quantize_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    limit: Tensor,
+    bits: Tensor,
+    adjacent: Tensor | None,
+    signed: bool,
+    batched: bool,
+    statistic: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = Statistic(statistic).rows
+    reported = limit.new_empty((rows, *bits.shape))
+    return torch.empty_like(grad), torch.empty_like(limit), reported
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _statistic(
+    g: Tensor,
+    x: Tensor,
+    limit: Tensor,
+    bits: Tensor,
+    adjacent: Tensor | None,
+    signed: bool,
+    batched: bool,
+    statistic: Statistic,
+) -> Tensor:
+    if statistic is Statistic.CHANGE and adjacent is not None:
+        here = round_to_grid(x, limit, bits, signed)
+        change = round_to_grid(x, limit, adjacent, signed).sub_(here).mul_(g)
+        return change.square_().sum_to_size(bits.shape).unsqueeze(0)
+    if statistic is Statistic.MAGNITUDES:
+        if batched:
+            g, x = g.mean(0, keepdim=True), x.mean(0, keepdim=True)
+        g, x = g.abs(), x.abs()
+        share = max(bits.numel(), 1) / max(x.numel(), 1)
+        return torch.stack([t.sum_to_size(bits.shape) * share for t in (g, x, g * x)])
+    return x.new_empty((0, *bits.shape))
+
+
+def _setup(ctx: FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
+    x, limit, bits, adjacent, probe, signed, batched, statistic = inputs
+    ctx.save_for_backward(x, limit, bits, adjacent)  # type: ignore[arg-type]
+    ctx.options = (signed, batched, statistic if probe is not None else 0)  # type: ignore[attr-defined]
+
+
+def _backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, limit, bits, adjacent = ctx.saved_tensors  # type: ignore[attr-defined]
+    signed, batched, statistic = ctx.options  # type: ignore[attr-defined]
+    grad_x, grad_limit, reported = fake_quantize_backward(
+        grad, x, limit, bits, adjacent, signed, batched, statistic
+    )
+    return grad_x, grad_limit, None, None, reported if statistic else None, None, None, None
+
+
+fake_quantize.register_autograd(_backward, setup_context=_setup)

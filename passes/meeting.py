@@ -1,0 +1,121 @@
+"""Which gates meet which: the shapes of gates, and how those of two operands line up."""
+
+from __future__ import annotations
+
+from math import prod
+
+from torch.fx import Node
+
+from cgmq_fx.passes.optable import ComputeOp, Layout, argument
+from cgmq_fx.passes.scheme import Granularity
+from cgmq_fx.passes.state import groups_of, shape_of, view_root
+
+
+def weight_axis(node: Node, op: ComputeOp) -> int | None:
+    """The axis of the weight that runs over output channels, if each has values of its own.
+
+    None where it cannot be told: the weight reaches the op through a view, has another rank than
+    the op's usual one, or is a grouped transposed convolution's.
+    """
+    weight = argument(node, op.weight)
+    if view_root(weight) is not weight:
+        return None
+    rank = len(shape_of(weight) or ())
+    if op.layout in (Layout.LINEAR, Layout.PRODUCT):
+        return op.layout.output_axis % rank if rank == 2 else None
+    if op.layout is Layout.CONV_TRANSPOSE and groups_of(node) != 1:
+        return None
+    return op.layout.output_axis
+
+
+def channel_axis(node: Node, op: ComputeOp, root: Node) -> int | None:
+    """The axis of `root` whose channels the op contracts, or None if there is none to tell.
+
+    Args:
+        node: A compute node.
+        op: Its row of the table.
+        root: The tensor that its activation is a view of.
+    """
+    shape, contracted = shape_of(root), contracted_size(node, op)
+    if shape is None or contracted is None or len(shape) < 2:
+        return None
+    if op.layout in (Layout.CONV, Layout.CONV_TRANSPOSE):
+        return 1 if shape[1] == contracted else None
+    if len(shape) > 2 and shape[-1] != contracted:
+        return 1 if contracted % shape[1] == 0 else None
+    return len(shape) - 1 if shape[-1] == contracted else None
+
+
+def contracted_size(node: Node, op: ComputeOp) -> int | None:
+    """How many channels of the activation the op sums over, all groups together."""
+    weight = shape_of(argument(node, op.weight))
+    if weight is None or len(weight) < 2:
+        return None
+    if op.layout is Layout.CONV:
+        return weight[1] * groups_of(node)
+    return {Layout.CONV_TRANSPOSE: weight[0], Layout.LINEAR: weight[-1], Layout.PRODUCT: weight[-2]}[
+        op.layout
+    ]
+
+
+def along(rank: int, axis: int, size: int) -> tuple[int, ...]:
+    """The shape with `size` at `axis` and 1 elsewhere."""
+    return tuple(size if i == axis else 1 for i in range(rank))
+
+
+def gate_shape(
+    granularity: Granularity, shape: tuple[int, ...], axis: int | None
+) -> tuple[int, ...]:
+    """The shape of the gates of a tensor; one gate where the channel axis is unknown."""
+    if granularity == "element":
+        return shape
+    if granularity == "channel" and axis is not None:
+        return along(len(shape), axis, shape[axis])
+    return ()
+
+
+Meeting = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def meeting(
+    node: Node, op: ComputeOp, weight_gates: tuple[int, ...], input_gates: int
+) -> Meeting:
+    """Shapes in which the gates of weight and activation broadcast, element meeting element.
+
+    Args:
+        node: A compute node.
+        op: Its row of the table.
+        weight_gates: The gate shape of the weight's quantizer, () for one gate.
+        input_gates: Number of gates of the activation's quantizer.
+
+    Returns:
+        The shape for the weight's gates and the one for the activation's. Where the two cannot be
+        lined up (a view in between), every gate meets every gate in equal parts.
+    """
+    count, size = prod(weight_gates), contracted_size(node, op)
+    shape = shape_of(argument(node, op.weight))
+    independent = ((count, 1), (1, input_gates))
+    if shape is None or size is None or size % input_gates or len(weight_gates) not in (0, len(shape)):
+        return independent
+    dims = weight_gates or (1,) * len(shape)
+    lined_up = _line_up(op.layout, shape, dims, size, input_gates, groups_of(node))
+    return lined_up or independent
+
+
+def _line_up(
+    layout: Layout, shape: tuple[int, ...], gates: tuple[int, ...], size: int, inputs: int, groups: int
+) -> Meeting | None:
+    if layout is Layout.CONV and inputs in (1, size):  # (group, out, in, kernel)
+        split = groups if gates[0] != 1 else 1
+        weight = (split, gates[0] // split, gates[1], prod(gates[2:]))
+        return weight, (groups, 1, inputs // groups, 1) if inputs > 1 else (1, 1, 1, 1)
+    if layout is Layout.CONV_TRANSPOSE and inputs in (1, size):  # (in, out, kernel)
+        return (gates[0], gates[1], prod(gates[2:])), (inputs, 1, 1)
+    repeat = size // inputs
+    if layout is Layout.LINEAR and len(shape) == 2:  # (out, channel, repeat)
+        split_in = (inputs, repeat) if gates[1] != 1 else (1, 1)
+        return (gates[0], *split_in), (1, inputs, 1)
+    if layout is Layout.PRODUCT and len(shape) == 2:  # (channel, repeat, out)
+        split_in = (inputs, repeat) if gates[0] != 1 else (1, 1)
+        return (*split_in, gates[1]), (inputs, 1, 1)
+    return None

@@ -1,0 +1,262 @@
+"""Normalise: one canonical graph, equal to the model in float, for everything downstream."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from cgmq_fx.passes.infra import Pass, PassResult
+from cgmq_fx.passes.optable import GRID_PRESERVING, Layout, argument, compute_op, set_argument
+from cgmq_fx.passes.quantizer import TrainingFlag
+from cgmq_fx.passes.state import drop_unused_state, groups_of, set_tensor, shape_of, tensor_at
+
+TRAINING_FLAG = "cgmq_training"
+_ATEN = torch.ops.aten
+_FLAGS = {
+    "batch_norm": "training",
+    "instance_norm": "use_input_stats",
+    "dropout": "train",
+    "feature_dropout": "train",
+    "alpha_dropout": "train",
+    "feature_alpha_dropout": "train",
+    "rrelu": "training",
+}
+_IDENTITIES = (_ATEN.alias.default, _ATEN.detach.default, _ATEN.lift_fresh_copy.default)
+
+
+def _functional_twin(node: Node) -> Any:
+    """The out-of-place overload of an in-place op, or None."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return None
+    name = target._opname
+    if not name.endswith("_") or name.endswith("__") or name in ("copy_", "fill_", "zero_"):
+        return None
+    packet = getattr(torch.ops.aten, name[:-1], None)
+    return getattr(packet, target._overloadname, None)
+
+
+def _can_be_functional(node: Node) -> bool:
+    """Whether nothing else can see that `node` writes into its first argument."""
+    written = node.args[0]
+    if not isinstance(written, Node) or written.op != "call_function":
+        return False
+    views = [u for u in written.users if u.op == "call_function" and u.target in GRID_PRESERVING]
+    return written.target not in GRID_PRESERVING and not any(u < node for u in views)
+
+
+@dataclass(frozen=True)
+class Functionalise(Pass):
+    """Replace in-place ops by their out-of-place twins.
+
+    Before: a captured graph. After: no activation is overwritten where that could be avoided, and
+    what was written is what later readers read; buffers that the model updates are left alone.
+    """
+
+    def run(self, module: GraphModule) -> PassResult:
+        """Edit every in-place node whose write nobody else can see."""
+        modified = False
+        for node in list(module.graph.nodes):
+            twin = _functional_twin(node)
+            if twin is None or not _can_be_functional(node):
+                continue
+            node.target = twin
+            written = node.args[0]
+            for user in [u for u in written.users if u is not node and node < u]:
+                user.replace_input_with(written, node)
+            modified = True
+        return PassResult(module, modified)
+
+
+@dataclass(frozen=True)
+class MergeState(Pass):
+    """Read every parameter and buffer of the model through one node.
+
+    Before: a captured graph, where a tensor that two modules share has two names. After: one
+    `get_attr` node per tensor, so that tied weights are one tensor for every later pass.
+    """
+
+    def run(self, module: GraphModule) -> PassResult:
+        """Replace every second reader of a tensor by the first."""
+        first: dict[int, Node] = {}
+        modified = False
+        for node in list(module.graph.nodes):
+            tensor = tensor_at(module, node.target) if node.op == "get_attr" else None
+            if tensor is None:
+                continue
+            original = first.setdefault(id(tensor), node)
+            if original is not node:
+                node.replace_all_uses_with(original)
+                module.graph.erase_node(node)
+                modified = True
+        return PassResult(module, modified)
+
+
+@dataclass(frozen=True)
+class RemoveNoOps(Pass):
+    """Remove what does nothing: identities, dropout with probability 0, unread values and state.
+
+    Before: a graph. After: the same function of the input with fewer nodes.
+    """
+
+    def run(self, module: GraphModule) -> PassResult:
+        """Bypass identities, then drop unread nodes and the state that nobody reads."""
+        modified = False
+        for node in list(module.graph.nodes):
+            if _does_nothing(node):
+                node.replace_all_uses_with(node.args[0])
+                module.graph.erase_node(node)
+                modified = True
+        modified |= bool(module.graph.eliminate_dead_code(_is_impure))
+        modified |= drop_unused_state(module)
+        return PassResult(module, modified)
+
+
+def _is_impure(node: Node) -> bool:
+    return node.op in ("placeholder", "output") or (node.op != "get_attr" and node.is_impure())
+
+
+def _does_nothing(node: Node) -> bool:
+    if node.op != "call_function":
+        return False
+    if node.target in _IDENTITIES:
+        return True
+    return getattr(node.target, "_opname", "") in _FLAGS and argument(node, "p", None) == 0.0
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm(Pass):
+    """Fold batch norm with running statistics into the convolution or linear layer before it.
+
+    Before: a graph captured in evaluation mode, with shapes. After: the same function in evaluation
+    mode; layers whose output or weight is read elsewhere keep their batch norm.
+    """
+
+    def run(self, module: GraphModule) -> PassResult:
+        """Fold every batch norm that can be folded."""
+        modified = False
+        reads = Counter(str(n.target) for n in module.graph.nodes if n.op == "get_attr")
+        for node in list(module.graph.nodes):
+            if node.op == "call_function" and node.target is _ATEN.batch_norm.default:
+                modified |= _fold(module, node, reads)
+        if modified:
+            module.graph.eliminate_dead_code(_is_impure)
+            drop_unused_state(module)
+        return PassResult(module, modified)
+
+
+def _fold(module: GraphModule, norm: Node, reads: Counter[str]) -> bool:
+    layer = norm.args[0]
+    if not isinstance(layer, Node) or not _foldable(layer, norm, reads):
+        return False
+    weight_node = argument(layer, "weight")
+    weight = tensor_at(module, weight_node.target)
+    if weight is None:
+        return False
+    gamma, beta, mean, var = (
+        _optional_tensor(module, argument(norm, name))
+        for name in ("weight", "bias", "running_mean", "running_var")
+    )
+    if mean is None or var is None:
+        return False
+    bias = _optional_tensor(module, argument(layer, "bias"))
+    scale = (var.double() + argument(norm, "eps")).rsqrt()
+    scale = scale if gamma is None else scale * gamma.double()
+    shift = -mean.double() if bias is None else bias.double() - mean.double()
+    shift = shift * scale if beta is None else shift * scale + beta.double()
+    set_tensor(module, str(weight_node.target), _scaled(layer, weight, scale))
+    _set_bias(module, layer, weight_node, shift.to(weight.dtype), weight.requires_grad)
+    norm.replace_all_uses_with(layer)
+    module.graph.erase_node(norm)
+    return True
+
+
+def _foldable(layer: Node, norm: Node, reads: Counter[str]) -> bool:
+    op = compute_op(layer)
+    if op is None or op.layout is Layout.PRODUCT or len(layer.users) != 1:
+        return False
+    if argument(norm, "training") or argument(norm, "running_mean") is None:
+        return False
+    if op.layout is Layout.LINEAR and len(shape_of(layer) or ()) != 2:
+        return False
+    weight, bias = argument(layer, "weight"), argument(layer, "bias")
+    own = [n for n in (weight, bias) if n is not None]
+    return all(
+        n.op == "get_attr" and len(n.users) == 1 and reads[str(n.target)] == 1 for n in own
+    )
+
+
+def _scaled(layer: Node, weight: Tensor, scale: Tensor) -> Tensor:
+    op = compute_op(layer)
+    if op is not None and op.layout is Layout.CONV_TRANSPOSE:
+        groups = groups_of(layer)
+        parts = weight.double().unflatten(0, (groups, -1))
+        per_group = scale.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
+        scaled = (parts * per_group).flatten(0, 1)
+    else:
+        scaled = weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1))
+    return nn.Parameter(scaled.to(weight.dtype), weight.requires_grad)
+
+
+def _set_bias(
+    module: GraphModule, layer: Node, weight: Node, bias: Tensor, requires_grad: bool
+) -> None:
+    existing = argument(layer, "bias")
+    if existing is not None:
+        set_tensor(module, str(existing.target), nn.Parameter(bias, requires_grad))
+        return
+    owner = str(weight.target).rpartition(".")[0]
+    target = f"{owner}.bias" if owner else f"{weight.target}_bias"
+    while tensor_at(module, target) is not None:
+        target += "_folded"
+    set_tensor(module, target, nn.Parameter(bias, requires_grad))
+    with module.graph.inserting_before(layer):
+        node = module.graph.get_attr(target)
+    node.meta["val"] = bias
+    set_argument(layer, "bias", node)
+
+
+def _optional_tensor(module: GraphModule, node: Any) -> Tensor | None:
+    return tensor_at(module, node.target) if isinstance(node, Node) else None
+
+
+@dataclass(frozen=True)
+class SwitchModes(Pass):
+    """Let `train()` and `eval()` of the graph switch dropout and batch norm again.
+
+    Before: a graph captured in evaluation mode, where the flags are constants. After: they are the
+    value of one `TrainingFlag` module, which follows the mode of the whole graph; momentum, eps and
+    probabilities stay what they were. Layers that always use batch statistics, and dropout that was
+    on in evaluation mode, stay as they are.
+    """
+
+    def run(self, module: GraphModule) -> PassResult:
+        """Replace every constant flag that is off."""
+        nodes = [n for n in module.graph.nodes if _switchable(n)]
+        if not nodes:
+            return PassResult(module, modified=False)
+        module.add_submodule(TRAINING_FLAG, TrainingFlag())
+        flag = _flag_node(module.graph)
+        for node in nodes:
+            set_argument(node, _FLAGS[node.target._opname], flag)
+        return PassResult(module, modified=True)
+
+
+def _switchable(node: Node) -> bool:
+    name = getattr(node.target, "_opname", "")
+    if node.op != "call_function" or name not in _FLAGS:
+        return False
+    if name == "batch_norm" and argument(node, "running_mean") is None:
+        return False
+    return argument(node, _FLAGS[name]) is False
+
+
+def _flag_node(graph: Graph) -> Node:
+    first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+    with graph.inserting_before(first):
+        return graph.call_module(TRAINING_FLAG)

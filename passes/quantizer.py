@@ -1,0 +1,166 @@
+"""The modules that passes put into a graph: quantizers of tensors and of biases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from cgmq_fx.cost_models.facts import Role
+from cgmq_fx.passes.grid import PASS_THROUGH, finest_step
+from cgmq_fx.passes.kernel import Statistic, fake_quantize
+
+_INT32_CODES = 2147483520.0  # the largest float32 below 2^31
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizerSpec:
+    """What is fixed about a quantizer when it is inserted.
+
+    Attributes:
+        role: Weight or activation.
+        signed: Whether the grid has codes below zero.
+        bit_widths: The bit-widths that its gates may take, ascending.
+        gate_shape: Shape of the gates, broadcastable against the tensor: () for one gate.
+        range_shape: Shape of the range, broadcastable against the tensor.
+        batched: Whether dimension 0 of the tensor is the batch.
+    """
+
+    role: Role
+    signed: bool
+    bit_widths: tuple[int, ...]
+    gate_shape: tuple[int, ...] = ()
+    range_shape: tuple[int, ...] = ()
+    batched: bool = False
+
+
+@final
+class Quantizer(nn.Module):
+    """Rounds a tensor to a grid with a learnable range and bit-widths that a controller sets.
+
+    Attributes:
+        spec: What is fixed.
+        signed: Whether the grid has codes below zero; calibration may clear it for an input that
+            is never negative.
+        log_range: Natural logarithm of the range, shape `spec.range_shape`; trained.
+        bits: Bit-widths, int32, shape `spec.gate_shape`.
+        adjacent: The bit-widths that `Statistic.CHANGE` compares with, like `bits`.
+        probe: Shape (rows, *spec.gate_shape); its `.grad` is the statistic. None when frozen.
+    """
+
+    log_range: nn.Parameter
+    bits: Tensor
+    adjacent: Tensor | None
+    probe: Tensor | None
+
+    def __init__(self, spec: QuantizerSpec, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.signed = spec.signed
+        self.statistic = Statistic.NONE
+        self.log_range = nn.Parameter(torch.zeros(spec.range_shape, device=device))
+        shape = spec.gate_shape
+        self.register_buffer("bits", torch.full(shape, PASS_THROUGH, dtype=torch.int32, device=device))
+        self.register_buffer("adjacent", None, persistent=False)
+        self.register_buffer("probe", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The rounded tensor, of the same shape and dtype."""
+        return fake_quantize(
+            x,
+            self.log_range.exp(),
+            self.bits,
+            self.adjacent,
+            self.probe if torch.is_grad_enabled() else None,
+            self.signed,
+            self.spec.batched,
+            int(self.statistic),
+        )
+
+    def observe(self, statistic: Statistic) -> None:
+        """Report `statistic` from every backward pass, or nothing for `Statistic.NONE`."""
+        self.statistic = statistic
+        if statistic is Statistic.NONE:
+            self.adjacent = self.probe = None
+            return
+        self.adjacent = self.bits.clone()
+        shape = (statistic.rows, *self.spec.gate_shape)
+        self.probe = torch.zeros(shape, device=self.bits.device).requires_grad_()
+
+    def extra_repr(self) -> str:
+        """Role, sign and bit-widths."""
+        sign = "signed" if self.signed else "unsigned"
+        bits = self.bits.unique().tolist()
+        return f"{self.spec.role.value}, {sign}, bits={bits}, gates={self.bits.numel()}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.probe is not None:  # stay a leaf, so that its gradient is kept after a move
+            self.probe = self.probe.detach().requires_grad_()
+        return self
+
+
+@final
+class BiasQuantizer(nn.Module):
+    """Rounds a bias to the int32 grid of its accumulator: input step times weight step.
+
+    Runtimes do this silently to a float bias; doing it during training makes the trained network
+    the one that runs. Straight-through gradient; where an operand is float, the bias passes.
+    """
+
+    def __init__(self, input_signed: bool, weight_signed: bool) -> None:
+        super().__init__()
+        self.input_signed = input_signed
+        self.weight_signed = weight_signed
+
+    def forward(
+        self,
+        bias: Tensor,
+        input_log_range: Tensor,
+        input_bits: Tensor,
+        weight_log_range: Tensor,
+        weight_bits: Tensor,
+    ) -> Tensor:
+        """The rounded bias.
+
+        Args:
+            bias: Shape (channels,).
+            input_log_range: Range of the input's quantizer, one element.
+            input_bits: Its bits.
+            weight_log_range: Range of the weight's quantizer, one or `channels` elements.
+            weight_bits: Its bits.
+        """
+        with torch.no_grad():
+            step = finest_step(input_log_range, input_bits, self.input_signed).reshape(-1)
+            other = finest_step(weight_log_range, weight_bits, self.weight_signed).reshape(-1)
+            step = step * other
+            safe = torch.where(step > 0, step, torch.ones_like(step)).to(bias.dtype)
+            codes = (bias / safe).round_().clamp_(-_INT32_CODES, _INT32_CODES)
+            change = torch.where(step > 0, codes * safe - bias, torch.zeros_like(bias))
+        return bias + change.detach()
+
+    def extra_repr(self) -> str:
+        """The signs of the two grids."""
+        return f"input_signed={self.input_signed}, weight_signed={self.weight_signed}"
+
+
+@final
+class TrainingFlag(nn.Module):
+    """The node that tells dropout and batch norm whether the graph is in training mode."""
+
+    def forward(self) -> bool:
+        """Whether this module is in training mode."""
+        return self.training
+
+
+def quantizers(module: nn.Module) -> dict[str, Quantizer]:
+    """The quantizers of a graph by their name in it, in order of insertion."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, Quantizer)}
+
+
+def submodule(module: nn.Module, target: Any) -> nn.Module:
+    """The submodule that a `call_module` node names."""
+    return module.get_submodule(str(target))

@@ -1,0 +1,121 @@
+"""Small tools over a graph's nodes and the tensors that they read from the module."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from cgmq_fx.passes.optable import argument, is_view, preserves_grid
+from cgmq_fx.passes.quantizer import Quantizer
+
+
+def tensor_at(module: nn.Module, target: Any) -> Tensor | None:
+    """The parameter or buffer that a `get_attr` node names, or None if it names no tensor."""
+    owner, _, name = str(target).rpartition(".")
+    value = getattr(module.get_submodule(owner), name, None)
+    return value if isinstance(value, Tensor) else None
+
+
+def set_tensor(module: nn.Module, target: str, tensor: Tensor) -> None:
+    """Replace or add a tensor under a dotted name, as a parameter if `tensor` is one."""
+    owner_name, _, name = target.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if name in owner._buffers:
+        owner._buffers[name] = tensor
+    elif isinstance(tensor, nn.Parameter) or isinstance(getattr(owner, name, None), nn.Parameter):
+        owner.register_parameter(name, nn.Parameter(tensor.data, tensor.requires_grad))
+    else:
+        owner.register_buffer(name, tensor)
+
+
+def drop_unused_state(module: GraphModule) -> bool:
+    """Delete parameters and buffers that no node reads; True if there were any."""
+    used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
+    called = tuple(f"{n.target}." for n in module.graph.nodes if n.op == "call_module")
+    changed = False
+    for table in ("_parameters", "_buffers"):
+        for path, owner in list(module.named_modules()):
+            for name in list(getattr(owner, table)):
+                full = f"{path}.{name}" if path else name
+                if full not in used and not full.startswith(called):
+                    del getattr(owner, table)[name]
+                    changed = True
+    return changed
+
+
+def value_of(node: Node) -> Any:
+    """What shape propagation recorded for a node: a fake tensor, a number, a tuple."""
+    return node.meta.get("val")
+
+
+def shape_of(node: Node) -> tuple[int, ...] | None:
+    """The shape of a node's output with the example batch, or None if it is no tensor."""
+    value = value_of(node)
+    return tuple(int(s) for s in value.shape) if isinstance(value, Tensor) else None
+
+
+def is_float(node: Node) -> bool:
+    """Whether a node's output is a real floating-point tensor."""
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def reachable_from_inputs(graph: Graph) -> set[Node]:
+    """The nodes whose value depends on the model's input (through data, not through sizes)."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            found.add(node)
+        elif value_of(node) is None or _carries_data(node):
+            if any(parent in found for parent in node.all_input_nodes):
+                found.add(node)
+    return found
+
+
+def _carries_data(node: Node) -> bool:
+    return any(isinstance(v, Tensor) for v in torch.utils._pytree.tree_leaves(value_of(node)))
+
+
+def view_root(node: Node) -> Node:
+    """The node whose tensor `node` is a view of, itself if it is no view."""
+    while is_view(node) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def sources(node: Node) -> Iterator[Node]:
+    """`node` and what it takes its values from, as long as a grid passes unchanged."""
+    yield node
+    while isinstance(parent := _same_grid(node), Node):
+        yield parent
+        node = parent
+
+
+def _same_grid(node: Node) -> Any:
+    if preserves_grid(node):
+        return node.args[0]
+    return node.args[0] if node.op == "call_function" and node.target is operator.getitem else None
+
+
+def quantizer_of(module: GraphModule, node: Node) -> tuple[str, Quantizer] | None:
+    """The quantizer whose grid the values of `node` are on, with its name, or None."""
+    for source in sources(node):
+        if source.op == "call_module":
+            found = module.get_submodule(str(source.target))
+            return (quantizer_name(source), found) if isinstance(found, Quantizer) else None
+    return None
+
+
+def quantizer_name(node: Node) -> str:
+    """The name of the quantizer that a `call_module` node calls: the last part of its path."""
+    return str(node.target).rpartition(".")[2]
+
+
+def groups_of(node: Node) -> int:
+    """The groups of a convolution, 1 for everything else."""
+    return int(argument(node, "groups", 1))

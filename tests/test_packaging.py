@@ -1,0 +1,158 @@
+import ast
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("cgmq_fx", "passes", "cost_models")
+
+
+def packages_on_disk(top: Path) -> set[str]:
+    """Returns the dotted name of every folder under `top` that holds Python files."""
+    return {
+        ".".join(Path(folder).relative_to(top.parent).parts)
+        for folder, _, files in os.walk(top, followlinks=True)
+        if any(file.endswith(".py") for file in files)
+    }
+
+
+def test_every_package_on_disk_is_listed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert set(listed) == packages_on_disk(ROOT / "cgmq_fx")
+
+
+@pytest.mark.parametrize("name", ["passes", "cost_models"])
+def test_bare_name_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    with pytest.raises(ImportError, match=rf"cgmq_fx\.{name}"):
+        importlib.import_module(name)
+
+
+ALLOWED = {
+    "cost_models": ("cgmq_fx.cost_models",),
+    "passes": ("cgmq_fx.cost_models", "cgmq_fx.passes"),
+}
+
+
+def imported_modules(source: str) -> Iterator[str]:
+    """Yields the dotted name of everything that `source` imports; relative ones with their dots."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = "." * node.level + (f"{node.module}." if node.module else "")
+            yield from (f"{origin}{alias.name}" for alias in node.names)
+
+
+def forbidden_imports(layer: str, source: str) -> list[str]:
+    """Returns the imports that reach out of what `layer` may import of this library."""
+    return [
+        module
+        for module in imported_modules(source)
+        if module.partition(".")[0] in ("", *FOLDERS)
+        and not any(f"{module}.".startswith(f"{allowed}.") for allowed in ALLOWED[layer])
+    ]
+
+
+@pytest.mark.parametrize("layer", ALLOWED)
+def test_lower_layer_does_not_import_upper_one(layer: str) -> None:
+    files = sorted((ROOT / layer).rglob("*.py"))
+    assert files
+    for file in files:
+        assert forbidden_imports(layer, file.read_text()) == [], file
+
+
+@pytest.mark.parametrize(
+    ("layer", "source", "forbidden"),
+    [
+        ("cost_models", "import cgmq_fx.cost_models.facts", []),
+        ("cost_models", "from cgmq_fx.cost_models import BOPs", []),
+        ("cost_models", "from cgmq_fx import cost_models", []),
+        ("cost_models", "import cgmq_fx_other, torch.fx.passes", []),
+        ("cost_models", "from cgmq_fx.passes import capture", ["cgmq_fx.passes.capture"]),
+        ("cost_models", "from cgmq_fx import passes", ["cgmq_fx.passes"]),
+        ("cost_models", "def f():\n    import cgmq_fx", ["cgmq_fx"]),
+        ("cost_models", "import passes.capture", ["passes.capture"]),
+        ("cost_models", "from . import facts", [".facts"]),
+        ("passes", "from cgmq_fx.passes.capture import capture", []),
+        ("passes", "from cgmq_fx.cost_models import BOPs", []),
+        ("passes", "from cgmq_fx.passes_more import x", ["cgmq_fx.passes_more.x"]),
+        ("passes", "from cgmq_fx.controller import C", ["cgmq_fx.controller.C"]),
+        ("passes", "from cost_models import BOPs", ["cost_models.BOPs"]),
+    ],
+)
+def test_layer_check_itself(layer: str, source: str, forbidden: list[str]) -> None:
+    assert forbidden_imports(layer, source) == forbidden
+
+
+def run(*command: str, cwd: Path, python_path: str = "") -> str:
+    environment = {**os.environ, "PYTHONPATH": python_path}
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel, built from a copy so that nothing is left in, or taken from, the checkout."""
+    source = tmp_path_factory.mktemp("source")
+    for folder in (*FOLDERS, "benchmarks", "tests"):
+        shutil.copytree(ROOT / folder, source / folder, symlinks=True)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", cwd=source)
+    (built,) = (source / "dist").glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("installed")
+    options = ("--no-deps", "--no-index", "--no-compile", "--quiet", "--target", str(target))
+    run(sys.executable, "-m", "pip", "install", *options, str(wheel), cwd=target)
+    return target
+
+
+def test_wheel_holds_the_modules_and_nothing_else(wheel: Path) -> None:
+    expected = {
+        f"cgmq_fx/{file.relative_to(ROOT / 'cgmq_fx')}"
+        for file in [*(ROOT / "cgmq_fx").glob("*.py"), ROOT / "cgmq_fx" / "py.typed"]
+    } | {
+        f"cgmq_fx/{file.relative_to(ROOT)}"
+        for layer in ("passes", "cost_models")
+        for file in (ROOT / layer).glob("*.py")
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert names == expected
+
+
+def test_wheel_is_small(wheel: Path) -> None:
+    assert wheel.stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("module", ["cgmq_fx", "cgmq_fx.passes", "cgmq_fx.cost_models"])
+def test_wheel_imports_from_another_directory(module: str, installed: Path, tmp_path: Path) -> None:
+    code = f"import {module}; print({module}.__file__)"
+    printed = run(sys.executable, "-c", code, cwd=tmp_path, python_path=str(installed))
+    assert Path(printed.strip()) == installed.joinpath(*module.split("."), "__init__.py")
+
+
+@pytest.mark.parametrize("name", ["passes", "cost_models", "benchmarks", "tests"])
+def test_wheel_installs_no_generic_top_level_name(name: str, installed: Path) -> None:
+    assert (installed / "cgmq_fx").is_dir()
+    assert not (installed / name).exists()
