@@ -1,5 +1,6 @@
 """Constraint guided quantization: a trained PyTorch model, under hard bounds on what it costs."""
 
+from cgmq_fx.artifact import load
 from cgmq_fx.callbacks import Callback, Progress
 from cgmq_fx.cost_models import (
     BOPs,
@@ -65,6 +66,7 @@ __all__ = [
     "UnknownCostError",
     "UnsupportedModelError",
     "WeightMemory",
+    "load",
     "prepare",
     "quantize",
     "register_cost_model",

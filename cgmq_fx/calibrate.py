@@ -180,7 +180,9 @@ class _Watch:
         finite = values.isfinite()
         if not bool(finite.any()):
             raise DataError(f"all calibration values at {name} are infinite or not a number")
-        return values if bool(finite.all()) else torch.where(finite, values, torch.zeros_like(values))
+        return (
+            values if bool(finite.all()) else torch.where(finite, values, torch.zeros_like(values))
+        )
 
     def _per_range(self, value: Tensor) -> Tensor:
         axes = [i for i, size in enumerate(self._spec.range_shape) if size != 1]

@@ -131,9 +131,13 @@ class Controller:
         """End the search with the best assignment that satisfies the budget and leaves no slack."""
         if self.frozen:
             return
-        starts = [self._levels.numpy()] if self._best is None else [self._levels.numpy(), self._best]
+        starts = (
+            [self._levels.numpy()] if self._best is None else [self._levels.numpy(), self._best]
+        )
         projected = [self._projected(levels) for levels in starts]
-        best = min(projected, key=lambda p: self.layout.loss(torch.from_numpy(p), self._sensitivity))
+        best = min(
+            projected, key=lambda p: self.layout.loss(torch.from_numpy(p), self._sensitivity)
+        )
         self._settle(torch.from_numpy(best))
         for quantizer in self._quantizers:
             quantizer.observe(self.direction.statistic.NONE)
@@ -224,13 +228,15 @@ class Controller:
             start, end = self.layout.starts[index : index + 2]
             levels = self._levels[start:end]
             widths = self.layout.widths[index]
-            neighbour = torch.where(levels > 0, levels - 1, (levels + 1).clamp(max=len(facts.bit_widths) - 1))
+            neighbour = torch.where(
+                levels > 0, levels - 1, (levels + 1).clamp(max=len(facts.bit_widths) - 1)
+            )
             shape = quantizer.bits.shape
             quantizer.bits.copy_(widths[levels].reshape(shape))
             if quantizer.adjacent is not None:
                 quantizer.adjacent.copy_(widths[neighbour].reshape(shape))
             offset = self._offset(index, levels.reshape(shape).to(quantizer.log_range.device))
-            quantizer.log_range += offset - self._offsets[index]
+            quantizer.log_range.add_(offset - self._offsets[index])
             self._offsets[index] = offset
 
     def _offset(self, index: int, levels: Tensor) -> Tensor:
@@ -239,7 +245,9 @@ class Controller:
         total = torch.zeros_like(table[0])
         for level in range(table.shape[0]):
             at = (levels == level).to(table.dtype)
-            if at.numel() > 1:
+            if at.numel() == 1:
+                at = at.reshape(())
+            else:
                 at = at.sum_to_size(table[0].shape) * (table[0].numel() / at.numel())
             total = total + at * table[level]
         return total

@@ -37,7 +37,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
-        target = pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, self.target)
+        target = pytree.tree_map(
+            lambda t: t.to(device) if isinstance(t, Tensor) else t, self.target
+        )
         return Batch(self.inputs.to(device), target)
 
 
@@ -64,7 +66,9 @@ class Signature:
         plain = [p for p in parameters if p.kind in kinds]
         required = sum(p.default is inspect.Parameter.empty for p in plain)
         variadic = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
-        return Signature(max(required, 1), 99 if variadic else len(plain), tuple(p.name for p in parameters))
+        return Signature(
+            max(required, 1), 99 if variadic else len(plain), tuple(p.name for p in parameters)
+        )
 
     @staticmethod
     def like(inputs: ExampleInputs, names: tuple[str, ...]) -> Signature:

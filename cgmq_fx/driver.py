@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +29,7 @@ from cgmq_fx.data import (
 from cgmq_fx.directions import Direction, direction_of
 from cgmq_fx.history import EpochRecord, History, StepRecord
 from cgmq_fx.passes.capture import ExampleInputs, device_of
+from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.prepare import Prepared, float_graph
 from cgmq_fx.result import Result
@@ -98,7 +98,7 @@ def quantize(
         raise OptionError(f"epochs must be a whole number, 0 or more, not {epochs!r}")
     inputs = example_inputs_of(model, example_inputs, train_data, loss is not None)
     captured = float_graph(model, inputs)
-    teacher = copy.deepcopy(captured.module).eval() if loss is None else None
+    teacher = copy_graph(captured.module).eval() if loss is None else None
     data = SyntheticBatches(captured.inputs, seed) if train_data is None else train_data
     first_batch(data, "train_data")
     steps = epochs * batch_count(data)

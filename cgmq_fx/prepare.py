@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,6 +26,7 @@ from cgmq_fx.history import Phase
 from cgmq_fx.passes.annotate import annotate
 from cgmq_fx.passes.bias import QuantizeBiases, align_signs
 from cgmq_fx.passes.capture import Captured, ExampleInputs, capture, device_of
+from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.freeze import Freeze
 from cgmq_fx.passes.infra import run_passes
 from cgmq_fx.passes.insert import QUANTIZERS, InsertQuantizers
@@ -153,7 +153,7 @@ class Prepared:
                 library or a cost model with hidden state.
         """
         self._controller.freeze()
-        frozen = run_passes(copy.deepcopy(self.model), [Freeze(self._controller.assignment)])
+        frozen = run_passes(copy_graph(self.model), [Freeze(self._controller.assignment)])
         frozen.eval()
         return Result(frozen, verify(frozen, self._inputs, self.budget), self.budget, self._inputs)
 
@@ -163,7 +163,9 @@ class Prepared:
         inputs = frozenset(self.parameter_names) & frozenset(own)
         tables = calibrate(self.model, own, batches, inputs)
         align_signs(self.model)
-        return Controller(own, self._facts, self.budget, tables, self._direction, self._search_steps)
+        return Controller(
+            own, self._facts, self.budget, tables, self._direction, self._search_steps
+        )
 
 
 def float_graph(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Captured:

@@ -50,6 +50,22 @@ class Result:
 
         return save(self, Path(path))
 
+    def plot(self, folder: str | Path) -> list[Path]:
+        """Write plots as PNG files: bits and cost per layer; cost and metrics over time.
+
+        Args:
+            folder: Where to; made if it does not exist.
+
+        Returns:
+            The files.
+
+        Raises:
+            OptionError: If matplotlib is not installed.
+        """
+        from cgmq_fx.plots import save_plots
+
+        return save_plots(self, Path(folder))
+
     def report(self) -> dict[str, Any]:
         """The result as plain values: constraints, nodes, quantizers, metrics, history."""
         from cgmq_fx.report import as_dict

@@ -82,7 +82,9 @@ def _pairs(first: BitArray, second: BitArray) -> tuple[tuple[int, int, int], ...
     if first.size == 1 and second.size == 1:
         return _single(int(first.flat[0]), int(second.flat[0]))
     counts = np.bincount((first * _RADIX + second).ravel())
-    return tuple((int(counts[c]), int(c) // _RADIX, int(c) % _RADIX) for c in np.flatnonzero(counts))
+    return tuple(
+        (int(counts[c]), int(c) // _RADIX, int(c) % _RADIX) for c in np.flatnonzero(counts)
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -93,9 +93,8 @@ class NodeFacts:
     @property
     def quantizers(self) -> Iterator[str]:
         """Names of the quantizers that this node's cost can depend on."""
-        for part in (*self.operands, *self.stored):
-            if part.quantizer is not None:
-                yield part.quantizer
+        names = [o.quantizer for o in self.operands] + [s.quantizer for s in self.stored]
+        yield from (name for name in names if name is not None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,9 +49,7 @@ class Ledger:
         full = uniform_bits(graph, FLOAT_BITS)
         nodes = [node_bits(node, full) for node in graph.nodes]
         self.references = tuple(c.model.graph_cost(graph, nodes) for c in budget)
-        self.limits = tuple(
-            c.bound.limit(r) for c, r in zip(budget, self.references, strict=True)
-        )
+        self.limits = tuple(c.bound.limit(r) for c, r in zip(budget, self.references, strict=True))
 
     @property
     def assignment(self) -> Assignment:

@@ -19,7 +19,9 @@ BudgetLike: TypeAlias = "str | Mapping[str, BoundLike] | Constraint | Budget | I
 
 _MAX_LENGTH = 10_000
 _CLAUSE = re.compile(r"\s*([A-Za-z_]\w*)\s*(<=|<|≤)\s*([^<>=≤]+)")
-_QUANTITY = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|nan|inf)\s*([%A-Za-zµ/]*)\s*")
+_QUANTITY = re.compile(
+    r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|nan|inf)\s*([%A-Za-zµ/]*)\s*"
+)
 _PREFIX = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
@@ -65,7 +67,9 @@ def parse_bound(bound: BoundLike, model: CostModel) -> Bound:
     if isinstance(bound, Bound):
         return bound
     if isinstance(bound, bool) or not isinstance(bound, str | float | int):
-        raise BudgetError(f"the bound of {model.name!r} must be a number or a string, not {bound!r}")
+        raise BudgetError(
+            f"the bound of {model.name!r} must be a number or a string, not {bound!r}"
+        )
     if not isinstance(bound, str):
         return Bound(float(bound))
     match = _QUANTITY.fullmatch(bound) if len(bound) <= _MAX_LENGTH else None
@@ -116,7 +120,7 @@ def _factor(unit: str, model: CostModel) -> float:
 
 @lru_cache(maxsize=64)
 def _registry(unit: str) -> pint.UnitRegistry[float]:
-    """pint's registry, with `unit` added (singular, plural, upper case) if pint lacks it."""
+    """Pint's registry, with `unit` added (singular, plural, upper case) if pint lacks it."""
     import pint
 
     registry: pint.UnitRegistry[float] = pint.UnitRegistry()

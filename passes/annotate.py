@@ -30,7 +30,9 @@ FACTS = "cgmq_facts"
 _OWN = (QUANTIZERS, BIASES)
 
 
-def _operands(module: GraphModule, node: Node, op: ComputeOp, live: set[Node], batch: int) -> tuple[Operand, ...]:
+def _operands(
+    module: GraphModule, node: Node, op: ComputeOp, live: set[Node], batch: int
+) -> tuple[Operand, ...]:
     """Weight first, then activation; of two activations, in the order of the op."""
     first, second = operands(node, op)
     found = quantizer_of(module, first), quantizer_of(module, second)
@@ -44,7 +46,11 @@ def _operands(module: GraphModule, node: Node, op: ComputeOp, live: set[Node], b
 
 
 def _operand(
-    node: Node, found: tuple[str, Quantizer] | None, meets: tuple[int, ...], live: set[Node], batch: int
+    node: Node,
+    found: tuple[str, Quantizer] | None,
+    meets: tuple[int, ...],
+    live: set[Node],
+    batch: int,
 ) -> Operand:
     elements = prod(shape_of(node) or ())
     role = Role.ACTIVATION if node in live else Role.WEIGHT
@@ -89,7 +95,8 @@ def _facts(
 ) -> NodeFacts:
     op, shape = compute_op(node), shape_of(node) or ()
     per_sample = batch if node in live else 1
-    macs, factors = 0, ()
+    macs = 0
+    factors: tuple[Operand, ...] = ()
     if op is not None:
         first, second = (shape_of(f) or () for f in operands(node, op))
         macs = op.macs(first, second, shape) // per_sample

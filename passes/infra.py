@@ -56,7 +56,9 @@ def run_passes(module: GraphModule, passes: Iterable[Pass]) -> GraphModule:
             raise
         except Exception as error:
             before = ", ".join(done) or "none"
-            raise PassError(f"the pass {name} failed: {error} (passes before it: {before})") from error
+            raise PassError(
+                f"the pass {name} failed: {error} (passes before it: {before})"
+            ) from error
         done.append(name)
     return module
 

@@ -12,16 +12,15 @@ from cgmq_fx.cost_models.errors import PassError, UnsupportedModelError
 from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.infra import Pass, PassResult, place
 from cgmq_fx.passes.meeting import channel_axis, gate_shape, weight_axis
+from cgmq_fx.passes.oplists import BINARY, INTEGER
 from cgmq_fx.passes.optable import (
-    BINARY,
-    INTEGER,
     ComputeOp,
     argument,
     compute_op,
-    non_negative,
 )
 from cgmq_fx.passes.quantizer import Quantizer, QuantizerSpec
 from cgmq_fx.passes.scheme import Scheme
+from cgmq_fx.passes.signs import non_negative
 from cgmq_fx.passes.state import (
     is_float,
     quantizer_of,
@@ -76,8 +75,7 @@ def _links(module: GraphModule, live: set[Node]) -> Iterator[_Place]:
     for node in reversed(module.graph.nodes):
         readers = [u for u in node.users if is_float(u) or u.op == "call_module"]
         integer[node] = bool(readers) and all(
-            u.op == "call_module" or (u.target in INTEGER and integer[u])
-            for u in readers
+            u.op == "call_module" or (u.target in INTEGER and integer[u]) for u in readers
         )
     for node in module.graph.nodes:
         if node.op != "call_function" or node.target not in BINARY or not integer.get(node):
@@ -125,7 +123,9 @@ def _insert(module: GraphModule, node: Node, spec: QuantizerSpec) -> None:
     container.add_module(name, quantizer)
     with module.graph.inserting_before(_first_reader(node)):
         call = module.graph.call_module(f"{QUANTIZERS}.{name}", (node,))
-    call.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")}
+    call.meta = {
+        k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")
+    }
     for user in list(node.users):
         if user is not call and not _reads_size_only(user):
             user.replace_input_with(node, call)
@@ -189,4 +189,3 @@ def _is_quantized(module: GraphModule, node: Node) -> bool:
         u.op == "call_module" and isinstance(module.get_submodule(str(u.target)), Quantizer)
         for u in node.users
     )
-

@@ -53,9 +53,11 @@ def contracted_size(node: Node, op: ComputeOp) -> int | None:
         return None
     if op.layout is Layout.CONV:
         return weight[1] * groups_of(node)
-    return {Layout.CONV_TRANSPOSE: weight[0], Layout.LINEAR: weight[-1], Layout.PRODUCT: weight[-2]}[
-        op.layout
-    ]
+    return {
+        Layout.CONV_TRANSPOSE: weight[0],
+        Layout.LINEAR: weight[-1],
+        Layout.PRODUCT: weight[-2],
+    }[op.layout]
 
 
 def along(rank: int, axis: int, size: int) -> tuple[int, ...]:
@@ -77,9 +79,7 @@ def gate_shape(
 Meeting = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def meeting(
-    node: Node, op: ComputeOp, weight_gates: tuple[int, ...], input_gates: int
-) -> Meeting:
+def meeting(node: Node, op: ComputeOp, weight_gates: tuple[int, ...], input_gates: int) -> Meeting:
     """Shapes in which the gates of weight and activation broadcast, element meeting element.
 
     Args:
@@ -95,7 +95,12 @@ def meeting(
     count, size = prod(weight_gates), contracted_size(node, op)
     shape = shape_of(argument(node, op.weight))
     independent = ((count, 1), (1, input_gates))
-    if shape is None or size is None or size % input_gates or len(weight_gates) not in (0, len(shape)):
+    if (
+        shape is None
+        or size is None
+        or size % input_gates
+        or len(weight_gates) not in (0, len(shape))
+    ):
         return independent
     dims = weight_gates or (1,) * len(shape)
     lined_up = _line_up(op.layout, shape, dims, size, input_gates, groups_of(node))
@@ -103,7 +108,12 @@ def meeting(
 
 
 def _line_up(
-    layout: Layout, shape: tuple[int, ...], gates: tuple[int, ...], size: int, inputs: int, groups: int
+    layout: Layout,
+    shape: tuple[int, ...],
+    gates: tuple[int, ...],
+    size: int,
+    inputs: int,
+    groups: int,
 ) -> Meeting | None:
     if layout is Layout.CONV and inputs in (1, size):  # (group, out, in, kernel)
         split = groups if gates[0] != 1 else 1

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from cgmq_fx.passes.infra import Pass, PassResult
-from cgmq_fx.passes.optable import GRID_PRESERVING, Layout, argument, compute_op, set_argument
+from cgmq_fx.passes.oplists import GRID_PRESERVING
+from cgmq_fx.passes.optable import Layout, argument, compute_op, set_argument
 from cgmq_fx.passes.quantizer import TrainingFlag
 from cgmq_fx.passes.state import drop_unused_state, groups_of, set_tensor, shape_of, tensor_at
 
@@ -186,9 +187,7 @@ def _foldable(layer: Node, norm: Node, reads: Counter[str]) -> bool:
         return False
     weight, bias = argument(layer, "weight"), argument(layer, "bias")
     own = [n for n in (weight, bias) if n is not None]
-    return all(
-        n.op == "get_attr" and len(n.users) == 1 and reads[str(n.target)] == 1 for n in own
-    )
+    return all(n.op == "get_attr" and len(n.users) == 1 and reads[str(n.target)] == 1 for n in own)
 
 
 def _scaled(layer: Node, weight: Tensor, scale: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -63,13 +63,15 @@ class Quantizer(nn.Module):
         self.statistic = Statistic.NONE
         self.log_range = nn.Parameter(torch.zeros(spec.range_shape, device=device))
         shape = spec.gate_shape
-        self.register_buffer("bits", torch.full(shape, PASS_THROUGH, dtype=torch.int32, device=device))
+        self.register_buffer(
+            "bits", torch.full(shape, PASS_THROUGH, dtype=torch.int32, device=device)
+        )
         self.register_buffer("adjacent", None, persistent=False)
         self.register_buffer("probe", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """The rounded tensor, of the same shape and dtype."""
-        return fake_quantize(
+        y: Tensor = fake_quantize(
             x,
             self.log_range.exp(),
             self.bits,
@@ -79,6 +81,7 @@ class Quantizer(nn.Module):
             self.spec.batched,
             int(self.statistic),
         )
+        return y
 
     def observe(self, statistic: Statistic) -> None:
         """Report `statistic` from every backward pass, or nothing for `Statistic.NONE`."""
@@ -154,13 +157,3 @@ class TrainingFlag(nn.Module):
     def forward(self) -> bool:
         """Whether this module is in training mode."""
         return self.training
-
-
-def quantizers(module: nn.Module) -> dict[str, Quantizer]:
-    """The quantizers of a graph by their name in it, in order of insertion."""
-    return {name: m for name, m in module.named_modules() if isinstance(m, Quantizer)}
-
-
-def submodule(module: nn.Module, target: Any) -> nn.Module:
-    """The submodule that a `call_module` node names."""
-    return module.get_submodule(str(target))

@@ -8,7 +8,6 @@ from typing import Literal, TypeAlias, get_args
 from cgmq_fx.cost_models.errors import OptionError
 from cgmq_fx.passes.grid import DEFAULT_BIT_WIDTHS, allowed_bit_width
 
-
 Granularity: TypeAlias = Literal["tensor", "channel", "element"]
 """How many gates or ranges a quantizer has: one, one per channel, or one per element."""
 
@@ -39,10 +38,14 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if not self.bit_widths or tuple(sorted(set(self.bit_widths))) != self.bit_widths:
-            raise OptionError(f"bit_widths must be ascending without repeats, not {self.bit_widths}")
+            raise OptionError(
+                f"bit_widths must be ascending without repeats, not {self.bit_widths}"
+            )
         for bits in (*self.bit_widths, *([] if self.input_bits is None else [self.input_bits])):
             if not isinstance(bits, int) or not allowed_bit_width(bits):
-                raise OptionError(f"{bits!r} is no bit-width; use 0 (prune), 2 to 16, or 32 (float)")
+                raise OptionError(
+                    f"{bits!r} is no bit-width; use 0 (prune), 2 to 16, or 32 (float)"
+                )
         for name, most in (("weights", 3), ("activations", 2), ("weight_ranges", 2)):
             choices = get_args(Granularity)[:most]
             if getattr(self, name) not in choices:

@@ -69,11 +69,10 @@ def reachable_from_inputs(graph: Graph) -> set[Node]:
     """The nodes whose value depends on the model's input (through data, not through sizes)."""
     found: set[Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder":
+        carries = value_of(node) is None or _carries_data(node)
+        inherits = carries and any(parent in found for parent in node.all_input_nodes)
+        if node.op == "placeholder" or inherits:
             found.add(node)
-        elif value_of(node) is None or _carries_data(node):
-            if any(parent in found for parent in node.all_input_nodes):
-                found.add(node)
     return found
 
 
