@@ -3,16 +3,24 @@
 from cgmq_fx.artifact import load
 from cgmq_fx.callbacks import Callback, Progress
 from cgmq_fx.cost_models import (
+    ActivationMemory,
+    Arena,
     BOPs,
     Bound,
     Budget,
     Constraint,
     ConstraintState,
     CostModel,
+    Energy,
+    GraphBits,
+    GraphFacts,
+    Latency,
     MACs,
     NodeBits,
     NodeFacts,
+    Target,
     WeightMemory,
+    load_target,
     register_cost_model,
 )
 from cgmq_fx.cost_models.errors import (
@@ -26,17 +34,21 @@ from cgmq_fx.cost_models.errors import (
     InfeasibleBudgetError,
     OptionError,
     PassError,
+    TargetError,
     TrainingError,
     UnknownCostError,
     UnsupportedModelError,
 )
 from cgmq_fx.directions import Direction
 from cgmq_fx.driver import quantize
+from cgmq_fx.explain import Explanation, explain
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.prepare import Prepared, prepare
 from cgmq_fx.result import Result
 
 __all__ = [
+    "ActivationMemory",
+    "Arena",
     "ArtifactError",
     "BOPs",
     "Bound",
@@ -52,7 +64,12 @@ __all__ = [
     "CostModelError",
     "DataError",
     "Direction",
+    "Energy",
+    "Explanation",
+    "GraphBits",
+    "GraphFacts",
     "InfeasibleBudgetError",
+    "Latency",
     "MACs",
     "NodeBits",
     "NodeFacts",
@@ -62,11 +79,15 @@ __all__ = [
     "Progress",
     "Result",
     "Scheme",
+    "Target",
+    "TargetError",
     "TrainingError",
     "UnknownCostError",
     "UnsupportedModelError",
     "WeightMemory",
+    "explain",
     "load",
+    "load_target",
     "prepare",
     "quantize",
     "register_cost_model",

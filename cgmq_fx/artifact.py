@@ -7,24 +7,29 @@ from a fixed set of ops (see `graph_json`) and its cost is counted again.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from cgmq_fx.cost_models import Bound, Budget, cost_model
+from cgmq_fx.cost_models import Bound, Budget, Constraint, cost_model
 from cgmq_fx.cost_models.errors import ArtifactError, CgmqError
-from cgmq_fx.graph_json import _identifier, _path, graph_from_json, graph_to_json
-from cgmq_fx.history import EpochRecord, History, StepRecord
+from cgmq_fx.cost_models.tables import TableModel
+from cgmq_fx.cost_models.target import parse_target, target_to_json
+from cgmq_fx.graph_json import graph_from_json, graph_to_json
+from cgmq_fx.history import EpochRecord, History, Phase, StepRecord
 from cgmq_fx.passes.capture import ExampleInputs
+from cgmq_fx.passes.quantizer import Quantizer
+from cgmq_fx.passes.state import shape_of
 from cgmq_fx.result import Result
+from cgmq_fx.untrusted import identifier, tensor_path
 from cgmq_fx.verify import verify
 
 FORMAT = 1
@@ -43,16 +48,21 @@ def save(result: Result, path: Path) -> Path:
         "parameters": [name for name, _ in result.model.named_parameters(remove_duplicate=False)],
     }
     state = result.model.state_dict(keep_vars=False)
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.resolve().parent, suffix=".tmp")
-    os.close(handle)
+    tensors = {
+        tensor_path(name): t.detach().cpu().contiguous().clone() for name, t in state.items()
+    }
     try:
-        save_file(tensors, temporary, {_KEY: json.dumps(header, allow_nan=False)})
-        Path(temporary).replace(path)
+        text = json.dumps(header, allow_nan=False)
     except ValueError as error:
         raise ArtifactError(f"the result cannot be written as JSON: {error}") from error
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        save_file(tensors, temporary, {_KEY: text})
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} cannot be written: {error}") from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -66,8 +76,8 @@ def load(path: str | Path) -> Result:
         The result, on the CPU.
 
     Raises:
-        ArtifactError: If the file cannot be read, is not an artifact of this library, is damaged, or
-            is of a newer format.
+        ArtifactError: If the file cannot be read, is not an artifact of this library, is damaged,
+            or is of a newer format.
         BoundError: If the model in it does not satisfy the budget that the file states.
         UnknownCostError: If its budget names a cost model that is not registered here.
     """
@@ -85,6 +95,7 @@ def load(path: str | Path) -> Result:
         metrics = {str(k): float(v) for k, v in header["metrics"].items()}
         model.eval()
         report = verify(model, inputs, budget)
+        _check_shapes(model)
     except CgmqError:
         raise
     except Exception as error:
@@ -114,7 +125,7 @@ def _tree(tensors: Mapping[str, Tensor], parameters: set[str]) -> nn.Module:
     """A module tree that holds the tensors under their dotted names."""
     root = nn.Module()
     for full, tensor in tensors.items():
-        owner, _, name = _path(full).rpartition(".")
+        owner, _, name = tensor_path(full).rpartition(".")
         parent = root
         for part in owner.split(".") if owner else []:
             if part not in parent._modules:
@@ -127,16 +138,36 @@ def _tree(tensors: Mapping[str, Tensor], parameters: set[str]) -> nn.Module:
     return root
 
 
+def _check_shapes(model: GraphModule) -> None:
+    """Gates and ranges broadcast against what they round; otherwise its cost was miscounted."""
+    for node in model.graph.nodes:
+        owner = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(owner, Quantizer):
+            continue
+        shape = shape_of(node) or ()
+        for own in (owner.spec.gate_shape, owner.spec.range_shape):
+            if torch.broadcast_shapes(own, shape) != shape:
+                raise ArtifactError(f"{node} has gates or ranges of shape {own} on {shape}")
+
+
 def _budget_to_json(result: Result) -> list[dict[str, Any]]:
-    return [
-        {"cost": c.model.name, "value": c.bound.value, "relative": c.bound.relative}
-        for c in result.budget
-    ]
+    rows = []
+    for c in result.budget:
+        target = target_to_json(c.model.target) if isinstance(c.model, TableModel) else None
+        bound = {"value": c.bound.value, "relative": c.bound.relative, "base": c.bound.base}
+        rows.append({"cost": c.model.name, "scope": c.scope, "target": target, **bound})
+    return rows
 
 
 def _budget_from_json(rows: list[dict[str, Any]]) -> Budget:
-    bounds = ((r["cost"], Bound(float(r["value"]), r["relative"] is True)) for r in rows)
-    return Budget(tuple(cost_model(str(name)) <= bound for name, bound in bounds))
+    constraints = []
+    for row in rows:
+        chip = row["target"]
+        target = None if chip is None else parse_target(json.dumps(chip).encode(), "the artifact")
+        bound = Bound(float(row["value"]), row["relative"] is True, int(row["base"]))
+        scope = None if row["scope"] is None else str(row["scope"])
+        constraints.append(Constraint(cost_model(str(row["cost"]), target), bound, scope))
+    return Budget(tuple(constraints))
 
 
 def _inputs_to_json(inputs: ExampleInputs) -> dict[str, Any]:
@@ -165,7 +196,9 @@ def _inputs_from_json(data: Mapping[str, Any]) -> ExampleInputs:
 
 def _input_from_json(data: Mapping[str, Any]) -> Any:
     if "shape" in data:
-        dtype = getattr(torch, _identifier(data["dtype"]))
+        dtype = getattr(torch, identifier(data["dtype"]))
+        if not isinstance(dtype, torch.dtype):
+            raise ArtifactError(f"{data['dtype']!r} is no dtype")
         return torch.zeros(()).to(dtype).expand([int(s) for s in data["shape"]])
     ((kind, content),) = data.items()
     if kind == "dict":
@@ -177,6 +210,29 @@ def _input_from_json(data: Mapping[str, Any]) -> Any:
 
 
 def _history(data: Mapping[str, Any]) -> History:
-    steps = [StepRecord(**{**row, "costs": tuple(row["costs"])}) for row in data["steps"]]
-    epochs = [EpochRecord(**{**row, "costs": tuple(row["costs"])}) for row in data["epochs"]]
+    steps = [
+        StepRecord(int(r["step"]), int(r["steps"]), _phase(r["phase"]), _numbers(r["costs"]))
+        for r in data["steps"]
+    ]
+    epochs = [
+        EpochRecord(
+            int(r["epoch"]),
+            _phase(r["phase"]),
+            float(r["loss"]),
+            {str(k): float(v) for k, v in r["metrics"].items()},
+            _numbers(r["costs"]),
+            r["satisfied"] is True,
+        )
+        for r in data["epochs"]
+    ]
     return History(steps, epochs)
+
+
+def _phase(name: Any) -> Phase:
+    if name not in get_args(Phase):
+        raise ArtifactError(f"{name!r} is no phase")
+    return "search" if name == "search" else "tune"
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    return tuple(float(v) for v in values)

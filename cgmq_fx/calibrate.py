@@ -146,16 +146,26 @@ def _run(
     training, count = module.training, 0
     kept = {name: q.bits.clone() for name, q in quantizers.items()}
     module.eval()
-    with torch.no_grad():
+    try:
         for quantizer in quantizers.values():
             quantizer.bits.fill_(PASS_THROUGH)
         for batch in batches:
-            module(*batch.args, **batch.kwargs)
+            _call(module, batch)
             count += 1
+    finally:
         for name, quantizer in quantizers.items():
             quantizer.bits.copy_(kept[name])
-    module.train(training)
+        module.train(training)
     return count
+
+
+@torch.no_grad()
+def _call(module: GraphModule, batch: ExampleInputs) -> None:
+    try:
+        module(*batch.args, **batch.kwargs)
+    except (RuntimeError, TypeError, ValueError) as error:
+        shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in batch.tensors)
+        raise DataError(f"the model fails on a calibration batch of {shapes}: {error}") from error
 
 
 class _Watch:

@@ -41,7 +41,7 @@ class Progress(Callback):
     """A bar with the time left while an epoch runs, and a line per epoch.
 
     Args:
-        console: Where to write; standard error by default. Without a terminal only the lines appear.
+        console: Where to write; standard error by default. Without a terminal there are only lines.
     """
 
     def __init__(self, console: Console | None = None) -> None:

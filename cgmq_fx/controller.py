@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from cgmq_fx.calibrate import RangeTable
-from cgmq_fx.cost_models import BitArray, Budget, ConstraintState, GraphFacts, Ledger, relevance
+from cgmq_fx.cost_models import (
+    BitArray,
+    Budget,
+    ConstraintState,
+    GraphFacts,
+    Ledger,
+    lowest_bits,
+    relevance,
+)
 from cgmq_fx.cost_models.errors import OptionError
 from cgmq_fx.directions import Direction, GateView, speeds
 from cgmq_fx.gates import GateLayout, Levels, level_of
@@ -67,6 +75,7 @@ class Controller:
         self._offsets = [torch.zeros_like(q.log_range) for q in self._quantizers]
         for quantizer in self._quantizers:
             quantizer.observe(direction.statistic)
+            quantizer.log_range.detach().zero_()  # an earlier controller's ranges are no offset
         count = self.layout.count
         self.gates = count.float()
         self._levels = count - 1
@@ -82,6 +91,7 @@ class Controller:
         self._moved = 0
         self.frozen = False
         self.ledger = Ledger(facts, budget, self.layout.assignment(self._levels.numpy()))
+        self._ceiling = self._reachable()
         self._write(list(range(len(self._quantizers))))
 
     @property
@@ -149,6 +159,22 @@ class Controller:
         weight = self._sensitivity.double().numpy()
         return Projection(self.layout, ledger, levels, weight).run()
 
+    def _reachable(self) -> Tensor:
+        """Per gate, the highest value at which the budget holds with all others at their lowest.
+
+        A gate that rises further could only be taken back: nothing that satisfies has it there.
+        """
+        lowest = Ledger(self.ledger.graph, self.ledger.budget, lowest_bits(self.ledger.graph))
+        ceiling = torch.ones_like(self.gates)
+        for index, facts, part in self.layout:
+            levels = np.zeros(facts.gates, dtype=np.int64)
+            for level in range(len(facts.bit_widths)):
+                levels[0] = level
+                if not lowest.fits(lowest.trial(facts.name, self.layout.bits_of(index, levels))):
+                    break
+                ceiling[part] = level + 1
+        return torch.where(ceiling == self.layout.count, ceiling + 0.5, ceiling)
+
     def _rows(self) -> Tensor:
         """This step's statistic of all gates, shape (rows, gates); taken out of the probes."""
         rows = self.direction.statistic.rows
@@ -196,7 +222,9 @@ class Controller:
         return -speeds(self.direction.rise(view), 0.0)
 
     def _bounded(self, gates: Tensor) -> Tensor:
-        return torch.minimum(gates.clamp(min=0.5), self.layout.count + 0.5)
+        """Within half a level of either end, and not risen to a level that nothing can pay for."""
+        risen = torch.minimum(gates, torch.maximum(self.gates, self._ceiling))
+        return torch.minimum(risen.clamp(min=0.5), self.layout.count + 0.5)
 
     def _settle(self, levels: Tensor) -> None:
         """Take over new levels: costs, bits, ranges, and the best state so far."""
@@ -265,6 +293,7 @@ class Controller:
     def _compute_marginals(self) -> tuple[Tensor, Tensor]:
         ledger, array = self.ledger, self._levels.numpy()
         limits, totals = np.array(ledger.limits), np.array(ledger.totals)
+        limits[limits == 0] = 1.0  # a share of a cost that is always 0
         counted = np.isin(np.arange(limits.size), ledger.violated) if ledger.violated else None
         down, up = torch.zeros_like(self.gates), torch.zeros_like(self.gates)
         for index, facts, part in self.layout:

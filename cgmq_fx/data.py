@@ -104,8 +104,8 @@ def _split(batch: Any, signature: Signature, supervised: bool) -> Batch:
         return _split_mapping(batch, signature)
     if not isinstance(batch, tuple | list) or not batch:
         raise DataError(
-            f"cannot read a batch of type {type(batch).__name__}; give tensors, (inputs, target), or "
-            "dicts with the names of the model's parameters"
+            f"cannot read a batch of type {type(batch).__name__}; give tensors, (inputs, target), "
+            "or dicts with the names of the model's parameters"
         )
     size = len(batch)
     if size == 2 and isinstance(batch[0], Mapping):
@@ -155,8 +155,8 @@ def first_batch(data: Iterable[Any], name: str) -> Any:
     """
     if isinstance(data, Iterator):
         raise DataError(
-            f"{name} can be iterated only once (it is a {type(data).__name__}), but it is needed in "
-            "every epoch; give a list, a DataLoader, or an object with __iter__"
+            f"{name} can be iterated only once (it is a {type(data).__name__}), but it is needed "
+            "in every epoch; give a list, a DataLoader, or an object with __iter__"
         )
     if not isinstance(data, Iterable):
         raise DataError(f"{name} must be an iterable of batches, not a {type(data).__name__}")
@@ -187,6 +187,10 @@ def example_inputs_of(
     Raises:
         DataError: If the shapes of the inputs cannot be known; the message says what to pass.
     """
+    if not isinstance(model, nn.Module | ExportedProgram):
+        raise DataError(
+            f"the model must be a torch.nn.Module or an ExportedProgram, not {type(model).__name__}"
+        )
     if given is not None:
         return as_inputs(given)
     if data is not None:

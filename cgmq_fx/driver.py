@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.callbacks import Callback, Progress
-from cgmq_fx.cost_models import BudgetLike, parse_budget
+from cgmq_fx.cost_models import BudgetLike, Target, load_target, parse_budget
 from cgmq_fx.cost_models.errors import DataError, OptionError, TrainingError
 from cgmq_fx.data import (
     Batch,
@@ -31,7 +33,7 @@ from cgmq_fx.history import EpochRecord, History, StepRecord
 from cgmq_fx.passes.capture import ExampleInputs, device_of
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.scheme import Scheme
-from cgmq_fx.prepare import Prepared, float_graph
+from cgmq_fx.prepare import Prepared, float_graph, scheme_for
 from cgmq_fx.result import Result
 from cgmq_fx.training import (
     Loss,
@@ -60,6 +62,7 @@ def quantize(
     example_inputs: Any = None,
     scheme: Scheme | None = None,
     direction: str | Direction = "marginal",
+    target: str | Path | Target | None = None,
     optimizer: OptimizerFactory = default_optimizer,
     metric: Metric | None = None,
     callbacks: Sequence[Callback] = (),
@@ -71,8 +74,8 @@ def quantize(
     Args:
         model: The trained float model, on any device; it is not modified.
         budget: What the result may cost at most, for example `"bops <= 0.4%, weights <= 64 KiB"`.
-        train_data: Re-iterable batches: tensors, `(inputs, target)`, tuples or dicts. Without it the
-            float model teaches the quantized one on random inputs.
+        train_data: Re-iterable batches: tensors, `(inputs, target)`, tuples or dicts. Without it
+            the float model teaches the quantized one on random inputs.
         loss: `loss(output, target)`; without it the float model is the teacher.
         val_data: Batches to measure on after every epoch.
         epochs: Passes over the data; the first part searches bit-widths, the rest tunes. With 0
@@ -80,11 +83,13 @@ def quantize(
         example_inputs: Inputs to trace with, if neither the data nor the model tells.
         scheme: Bit-widths and granularity; the default is one gate per tensor.
         direction: Which way gates move, by name or a `Direction`.
+        target: The chip that latency and energy are looked up for: a name, a file or a `Target`.
         optimizer: Makes an optimizer of parameter groups.
         metric: `metric(output, target)` on validation data; accuracy where it applies by default.
         callbacks: Told about every step and epoch.
         progress: Whether to show progress on the terminal.
-        seed: Seed of random inputs, where there is no data.
+        seed: Seed of all that is random: inputs where there is no data, dropout, shuffling. The
+            global random state is left as it was.
 
     Returns:
         The result; its cost was counted again on the finished model.
@@ -93,21 +98,40 @@ def quantize(
         CgmqError: With what is wrong and what to do: the budget cannot be read or cannot be met,
             the model cannot be captured, the data does not fit, or training diverged.
     """
-    parsed = parse_budget(budget)
+    chip = None if target is None else load_target(target)
+    parsed = parse_budget(budget, chip)
     if not isinstance(epochs, int) or epochs < 0:
         raise OptionError(f"epochs must be a whole number, 0 or more, not {epochs!r}")
-    inputs = example_inputs_of(model, example_inputs, train_data, loss is not None)
-    captured = float_graph(model, inputs)
-    teacher = copy_graph(captured.module).eval() if loss is None else None
-    data = SyntheticBatches(captured.inputs, seed) if train_data is None else train_data
-    first_batch(data, "train_data")
-    steps = epochs * batch_count(data)
-    search = max(1, round(_SEARCH_SHARE * steps))
-    prepared = Prepared(captured, parsed, scheme or Scheme(), direction_of(direction), search)
-    prepared.calibrate(data)
-    listeners = [*callbacks, *([Progress()] if progress else [])]
-    run = _Run(prepared, teacher, loss, metric, optimizer, steps, search, listeners)
-    return run.train(data, val_data, epochs)
+    if train_data is None and loss is not None:
+        raise DataError("a loss was given, but no train_data; pass it, or leave out loss=")
+    with _seeded(seed):
+        inputs = example_inputs_of(model, example_inputs, train_data, loss is not None)
+        captured = float_graph(model, inputs)
+        teacher = copy_graph(captured.module).eval() if loss is None else None
+        data = SyntheticBatches(captured.inputs, seed) if train_data is None else train_data
+        first_batch(data, "train_data")
+        if val_data is not None:
+            first_batch(val_data, "val_data")
+        steps = epochs * batch_count(data)
+        search = max(1, round(_SEARCH_SHARE * steps))
+        prepared = Prepared(
+            captured, parsed, scheme_for(scheme, chip), direction_of(direction), search
+        )
+        prepared.calibrate(data)
+        listeners = [*callbacks, *([Progress()] if progress else [])]
+        run = _Run(prepared, teacher, loss, metric, optimizer, steps, search, listeners)
+        return run.train(data, val_data, epochs)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the random state of this process, and give it back as it was."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed_all(seed)
+        yield
 
 
 @dataclass
@@ -192,13 +216,15 @@ class _Run:
 
     def _step(self, batch: Batch) -> Tensor:
         number = len(self.history.steps)
-        value = self._loss(self.model, batch)
+        value = self._loss(self._call(self.model, batch.inputs), batch)
         if (self.device.type == "cpu" or number % _CHECK_EVERY == 0) and not bool(value.isfinite()):
             raise TrainingError(
-                f"the loss became {float(value)} at step {number + 1} of {self.steps} (phase "
-                f"{self.prepared.phase}); check the data for values that are not finite, or pass an "
-                "optimizer= with a smaller learning rate"
+                f"the loss became {float(value.detach())} at step {number + 1} of {self.steps} "
+                f"(phase {self.prepared.phase}); check the data for values that are not finite, or "
+                "pass an optimizer= with a smaller learning rate"
             )
+        if not value.requires_grad:
+            raise DataError("loss(output, target) has no gradient with respect to the output")
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()
         self.optimizer.step()
@@ -210,22 +236,15 @@ class _Run:
             listener.on_step(record)
         return value.detach()
 
-    def _loss(self, model: GraphModule, batch: Batch) -> Tensor:
-        output = self._call(model, batch.inputs)
+    def _loss(self, output: Any, batch: Batch) -> Tensor:
         if self.loss is None:
             assert self.teacher is not None
             with torch.no_grad():
                 target = self._call(self.teacher, batch.inputs)
             return imitation(output, target)
-        try:
-            value = self.loss(output, batch.target)
-        except Exception as error:
-            raise DataError(
-                f"loss(output, target) failed: {type(error).__name__}: {error}; the output is "
-                f"{_shapes(output)}, the target {_shapes(batch.target)}"
-            ) from error
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            raise DataError(f"loss(output, target) must return one number, not {_shapes(value)}")
+        value = _judged("loss", self.loss, output, batch.target)
+        if not isinstance(value, Tensor):
+            raise DataError(f"loss(output, target) must return a tensor, not {_shapes(value)}")
         return value
 
     def _call(self, model: GraphModule, inputs: ExampleInputs) -> Any:
@@ -233,7 +252,7 @@ class _Run:
             return model(*inputs.args, **inputs.kwargs)
         except (RuntimeError, TypeError, ValueError) as error:
             raise DataError(
-                f"the model fails on a batch of {_shapes([inputs.args, dict(inputs.kwargs)])}: {error}"
+                f"the model fails on a batch of {_shapes(inputs.tensors)}: {error}"
             ) from error
 
     def _batch(self, raw: Any) -> Batch:
@@ -248,7 +267,8 @@ class _Run:
             free = "any batch size" if start else "the same batch size"
             raise DataError(
                 f"a batch of {_shapes(found)} does not fit the model, which was captured with "
-                f"{_shapes(expected.tensors)}; batches need the same shapes and kinds of dtypes, {free}"
+                f"{_shapes(expected.tensors)}; batches need the same shapes and kinds of dtypes, "
+                f"{free}"
             )
         return batch.to(self.device)
 
@@ -259,18 +279,32 @@ class _Run:
         for raw in data:
             batch = self._batch(raw)
             size = batch.inputs.batch or 1
-            means.add("loss", self._loss(model, batch), size)
             output = self._call(model, batch.inputs)
+            means.add("loss", self._loss(output, batch), size)
             if self.metric is not None:
-                means.add("metric", self.metric(output, batch.target), size)
+                means.add("metric", _judged("metric", self.metric, output, batch.target), size)
             else:
                 means.add("accuracy", accuracy(output, batch.target), size)
         if not (result := means.result()):
-            raise DataError("val_data is empty: it has no batches")
+            raise DataError("val_data had no batches this time; it must be re-iterable")
         return result
 
     def _costs(self) -> tuple[float, ...]:
-        return tuple(state.value / state.limit for state in self.prepared.cost)
+        return tuple(s.value / s.limit if s.limit else 0.0 for s in self.prepared.cost)
+
+
+def _judged(name: str, function: Loss | Metric, output: Any, target: Any) -> Tensor | float:
+    """What the user's loss or metric says: one number."""
+    try:
+        value = function(output, target)
+    except Exception as error:
+        raise DataError(
+            f"{name}(output, target) failed: {type(error).__name__}: {error}; the output is "
+            f"{_shapes(output)}, the target {_shapes(target)}"
+        ) from error
+    if not isinstance(value, Tensor | float | int) or torch.as_tensor(value).numel() != 1:
+        raise DataError(f"{name}(output, target) must return one number, not {_shapes(value)}")
+    return value
 
 
 def _shapes(value: Any) -> str:

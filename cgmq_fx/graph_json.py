@@ -1,7 +1,9 @@
 """A graph as JSON and back: nodes, calls of known ops, and nothing that runs on loading.
 
-Calls are written by name and looked up in a fixed set: ATen operators without access to files, a few
-arithmetic functions on sizes, and the modules of this library. Nothing is imported or evaluated.
+Calls are written by name and looked up in a fixed set: ATen operators without access to files, a
+few arithmetic functions on sizes, and the modules of this library. Nothing is imported. But torch
+prints a graph as Python source and executes that, so whatever reaches the source (names, paths,
+keyword names, strings) is checked to be nothing else, when reading and when writing.
 """
 
 from __future__ import annotations
@@ -19,39 +21,30 @@ from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.cost_models.facts import Role
+from cgmq_fx.passes.bias import BIASES
+from cgmq_fx.passes.grid import allowed_bit_width
+from cgmq_fx.passes.infra import module_path
+from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer, QuantizerSpec, TrainingFlag
+from cgmq_fx.untrusted import (
+    NAMESPACES,
+    argument_name,
+    check_overload,
+    identifier,
+    plain_text,
+    tensor_path,
+)
 
+_OPERATORS = "add sub mul truediv floordiv mod pow neg getitem eq ne lt le gt ge and_"
+_SIZES = "sym_int sym_float sym_max sym_min sym_not sym_ite sym_sum"
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{
-        f"operator.{name}": getattr(operator, name)
-        for name in [
-            "add",
-            "sub",
-            "mul",
-            "truediv",
-            "floordiv",
-            "mod",
-            "pow",
-            "neg",
-            "getitem",
-            "eq",
-            "ne",
-            "lt",
-            "le",
-            "gt",
-            "ge",
-            "and_",
-        ]
-    },
-    **{
-        f"torch.{name}": getattr(torch, name)
-        for name in ["sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite", "sym_sum"]
-    },
+    **{f"operator.{name}": getattr(operator, name) for name in _OPERATORS.split()},
+    **{f"torch.{name}": getattr(torch, name) for name in _SIZES.split()},
     **{f"math.{name}": getattr(math, name) for name in ["ceil", "floor", "trunc"]},
 }
 _NAMES = {function: name for name, function in _FUNCTIONS.items()}
-_FORBIDDEN = frozenset({"from_file", "set_", "resize_", "set_data", "_print"})
-_NAMESPACES = frozenset({"aten", "cgmq_fx"})
+_OWN = (f"{QUANTIZERS}.", f"{BIASES}.")
+_MODULES = (Quantizer, BiasQuantizer, TrainingFlag)
 _ENUMS: tuple[tuple[str, type], ...] = (
     ("dtype", torch.dtype),
     ("layout", torch.layout),
@@ -76,9 +69,9 @@ def graph_to_json(module: GraphModule) -> dict[str, Any]:
         "modules": {
             name: _module_to_json(name, owner)
             for name, owner in module.named_modules()
-            if isinstance(owner, Quantizer | BiasQuantizer | TrainingFlag)
+            if isinstance(owner, _MODULES)
         },
-        "inputs": None if info is None else list(info.orig_args),
+        "inputs": None if info is None else [argument_name(name) for name in info.orig_args],
         "in_spec": None if info is None else _spec_to_json(info.in_spec),
         "out_spec": None if info is None or info.out_spec is None else _spec_to_json(info.out_spec),
     }
@@ -97,12 +90,9 @@ def graph_from_json(data: Mapping[str, Any], root: nn.Module) -> GraphModule:
     try:
         for name, entry in data["modules"].items():
             _install(root, name, _module_from_json(entry))
-        graph = _nodes_from_json(data["nodes"])
+        graph = _nodes_from_json(data["nodes"], root)
         if data["in_spec"] is not None:
-            out = None if data["out_spec"] is None else _spec_from_json(data["out_spec"])
-            names = [_identifier(name) for name in data["inputs"]]
-            info = _PyTreeInfo(names, _spec_from_json(data["in_spec"]), out)
-            graph.set_codegen(_PyTreeCodeGen(info))
+            graph.set_codegen(_PyTreeCodeGen(_signature(graph, data)))
         graph.lint()
         return GraphModule(root, graph, class_name="QuantizedGraph")
     except ArtifactError:
@@ -118,61 +108,120 @@ def _node_to_json(node: Node) -> dict[str, Any]:
         "target": _target_to_json(node),
         "args": [_to_json(a, node) for a in node.args],
         "kwargs": {k: _to_json(v, node) for k, v in node.kwargs.items()},
+        "module": module_path(node),
     }
 
 
 def _target_to_json(node: Node) -> str:
+    if node.op == "placeholder":
+        return argument_name(node.target)
     if node.op != "call_function":
-        return str(node.target)
+        return tensor_path(node.target)
     if isinstance(node.target, torch._ops.OpOverload):
-        _check_overload(node.target)
+        check_overload(node.target)
         return str(node.target)
     if node.target in _NAMES:
         return _NAMES[node.target]
     raise ArtifactError(f"{node.name} calls {node.target}, which an artifact cannot express")
 
 
-def _nodes_from_json(rows: list[dict[str, Any]]) -> Graph:
+def _nodes_from_json(rows: list[dict[str, Any]], root: nn.Module) -> Graph:
     graph = Graph()
     made: dict[str, Node] = {}
     for row in rows:
-        name, op = _identifier(row["name"]), row["op"]
+        name, op = identifier(row["name"]), row["op"]
         args = tuple(_from_json(a, made) for a in row["args"])
-        kwargs = {_identifier(k): _from_json(v, made) for k, v in row["kwargs"].items()}
-        if op not in ("placeholder", "get_attr", "call_module", "call_function", "output"):
-            raise ArtifactError(f"{name} is a {op!r}, which an artifact cannot hold")
-        target = _function(row["target"]) if op == "call_function" else _path(row["target"])
+        kwargs = {identifier(k): _from_json(v, made) for k, v in row["kwargs"].items()}
         if name in made:
             raise ArtifactError(f"two nodes have the name {name}")
-        made[name] = graph.create_node(op, target, args, kwargs, name)
+        node = graph.create_node(op, _target(op, row["target"], root), args, kwargs, name)
+        node.meta["nn_module_stack"] = {"": (plain_text(row["module"]), "")}
+        made[name] = node
+    _check_nodes(graph)
     return graph
+
+
+def _target(op: str, target: Any, root: nn.Module) -> Any:
+    """What a node calls or reads: looked up in the tree of modules, never by `getattr`."""
+    if op == "call_function":
+        return _function(target)
+    if op == "placeholder":
+        return argument_name(target)
+    if op == "output":
+        return op
+    owner, _, name = tensor_path(target).rpartition(".")
+    parent = _module_at(root, owner)
+    if op == "get_attr" and (name in parent._parameters or name in parent._buffers):
+        return target
+    if op == "call_module" and isinstance(parent._modules.get(name), _MODULES):
+        return target
+    raise ArtifactError(f"the graph has a {op!r} of {target!r}, which the file does not hold")
+
+
+def _module_at(root: nn.Module, path: str) -> nn.Module:
+    for part in path.split(".") if path else []:
+        child = root._modules.get(part)
+        if child is None:
+            raise ArtifactError(f"the file has no module {path!r}")
+        root = child
+    return root
+
+
+def _check_nodes(graph: Graph) -> None:
+    """What holds for every graph that is written: one end, and bits that only quantizers read."""
+    nodes = list(graph.nodes)
+    if [n for n in nodes if n.op == "output"] != nodes[-1:] or len(nodes[-1].args) != 1:
+        raise ArtifactError("the graph does not end with its one output")
+    for node in nodes:
+        if node.op == "placeholder" and (node.args or node.kwargs):
+            raise ArtifactError(f"the input {node} has a default, which an artifact cannot hold")
+        own = node.op == "get_attr" and str(node.target).startswith(_OWN)
+        if own and any(user.op != "call_module" for user in node.users):
+            raise ArtifactError(f"{node.target} is read by something that is no quantizer")
+
+
+def _signature(graph: Graph, data: Mapping[str, Any]) -> _PyTreeInfo:
+    """How the graph is called: (args, kwargs), and what it returns."""
+    taken = _spec_from_json(data["in_spec"])
+    given = None if data["out_spec"] is None else _spec_from_json(data["out_spec"])
+    parts = taken.children() if taken.type is tuple else []
+    if [part.type for part in parts] != [tuple, dict]:
+        raise ArtifactError("the inputs in the file are not positional and keyword arguments")
+    names = [argument_name(name) for name in data["inputs"]]
+    keywords = [argument_name(name) for name in parts[1].context]
+    if len(names) != parts[0].num_children + len(keywords):
+        raise ArtifactError("the names in the file do not fit its inputs")
+    if taken.num_leaves != len(graph.find_nodes(op="placeholder")):
+        raise ArtifactError("the inputs in the file do not fit its graph")
+    returned = graph.output_node().args[0]
+    if given is not None and (
+        not isinstance(returned, tuple | list) or len(returned) != given.num_leaves
+    ):
+        raise ArtifactError("the outputs in the file do not fit its graph")
+    return _PyTreeInfo(names, taken, given)
 
 
 def _function(name: str) -> Callable[..., Any]:
     if name in _FUNCTIONS:
         return _FUNCTIONS[name]
-    parts = [_identifier(part) for part in str(name).split(".")]
-    if len(parts) != 3 or parts[0] not in _NAMESPACES:
+    parts = [identifier(part) for part in str(name).split(".")]
+    if len(parts) != 3 or parts[0] not in NAMESPACES:
         raise ArtifactError(f"the file calls {name!r}, which is not allowed")
     packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
     overload = getattr(packet, parts[2], None)
     if not isinstance(overload, torch._ops.OpOverload):
         raise ArtifactError(f"the file calls {name!r}, which this version of torch does not have")
-    _check_overload(overload)
+    check_overload(overload)
     return overload
-
-
-def _check_overload(overload: torch._ops.OpOverload) -> None:
-    name = overload._opname
-    if overload.namespace not in _NAMESPACES or name in _FORBIDDEN:
-        raise ArtifactError(f"{overload} is not allowed in an artifact")
 
 
 def _to_json(value: Any, node: Node, depth: int = 0) -> Any:
     if depth > _MAX_DEPTH:
         raise ArtifactError(f"the arguments of {node.name} are nested too deeply")
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or isinstance(value, bool | int):
         return value
+    if isinstance(value, str):
+        return plain_text(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": str(value)}
     if isinstance(value, Node):
@@ -195,8 +244,10 @@ def _to_json(value: Any, node: Node, depth: int = 0) -> Any:
 def _from_json(value: Any, made: Mapping[str, Node], depth: int = 0) -> Any:
     if depth > _MAX_DEPTH:
         raise ArtifactError("the arguments of a node are nested too deeply")
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | int | float):
         return value
+    if isinstance(value, str):
+        return plain_text(value)
     if isinstance(value, list):
         return [_from_json(v, made, depth + 1) for v in value]
     ((kind, content),) = value.items()
@@ -209,7 +260,7 @@ def _from_json(value: Any, made: Mapping[str, Node], depth: int = 0) -> Any:
         return tuple(parts) if kind == "tuple" else slice(*parts)
     if kind == "device":
         return torch.device("cpu")
-    found = getattr(torch, _identifier(content), None)
+    found = getattr(torch, identifier(content), None)
     if not isinstance(found, dict(_ENUMS)[kind]):
         raise ArtifactError(f"{content!r} is no {kind}")
     return found
@@ -243,10 +294,13 @@ def _module_from_json(entry: Mapping[str, Any]) -> nn.Module:
         return BiasQuantizer(entry["input_signed"] is True, entry["weight_signed"] is True)
     if kind != "Quantizer":
         raise ArtifactError(f"the file holds a module of type {kind!r}, which is not known")
+    widths = entry["bit_widths"]
+    if not all(type(b) is int and allowed_bit_width(b) for b in widths):
+        raise ArtifactError(f"the file has bit-widths that no quantizer can take: {widths}")
     spec = QuantizerSpec(
         Role(entry["role"]),
         entry["signed"] is True,
-        tuple(int(b) for b in entry["bit_widths"]),
+        tuple(widths),
         tuple(int(s) for s in entry["gate_shape"]),
         tuple(int(s) for s in entry["range_shape"]),
         entry["batched"] is True,
@@ -256,7 +310,7 @@ def _module_from_json(entry: Mapping[str, Any]) -> nn.Module:
 
 def _install(root: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module at a dotted path; its tensors are those that stand there already."""
-    owner, _, last = _path(name).rpartition(".")
+    owner, _, last = tensor_path(name).rpartition(".")
     parent = root
     for part in owner.split(".") if owner else []:
         if part not in parent._modules:
@@ -271,6 +325,11 @@ def _install(root: nn.Module, name: str, module: nn.Module) -> None:
         shapes = (tuple(module.log_range.shape), tuple(module.bits.shape))
         if shapes != (module.spec.range_shape, module.spec.gate_shape):
             raise ArtifactError(f"the range or the bits of {name} have the wrong shape")
+        if not module.log_range.is_floating_point() or not bool(module.log_range.isfinite().all()):
+            raise ArtifactError(f"the range of {name} is not a finite number")
+        widths = torch.tensor(module.spec.bit_widths, dtype=torch.int32)
+        if module.bits.dtype != torch.int32 or not bool(torch.isin(module.bits, widths).all()):
+            raise ArtifactError(f"{name} has bits that are not among its bit-widths")
     parent.add_module(last, module)
 
 
@@ -283,8 +342,8 @@ def _spec_to_json(spec: pytree.TreeSpec) -> Any:
     if spec.type is dict and all(isinstance(k, str) for k in spec.context):
         return {"dict": [list(spec.context), children]}
     raise ArtifactError(
-        f"the model takes or returns a {spec.type.__name__}, which an artifact cannot hold; tensors, "
-        "tuples, lists and dicts with string keys it can"
+        f"the model takes or returns a {spec.type.__name__}, which an artifact cannot hold; "
+        "tensors, tuples, lists and dicts with string keys it can"
     )
 
 
@@ -308,19 +367,3 @@ def _skeleton(data: Any, depth: int) -> Any:
     if kind == "tuple":
         return tuple(children)
     raise ArtifactError(f"the file describes inputs or outputs of the unknown kind {kind!r}")
-
-
-def _identifier(name: Any) -> str:
-    """A Python identifier, and nothing that could be code when the graph prints itself."""
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ArtifactError(f"{str(name)[:80]!r} is no name")
-    return name
-
-
-def _path(name: Any) -> str:
-    """A dotted path of names or numbers."""
-    if not isinstance(name, str) or not all(
-        p.isidentifier() or p.isdigit() for p in name.split(".")
-    ):
-        raise ArtifactError(f"{str(name)[:80]!r} is no path")
-    return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,8 +16,11 @@ from cgmq_fx.cost_models import (
     Budget,
     BudgetLike,
     ConstraintState,
+    GraphFacts,
+    Target,
     check_cost_models,
     check_feasible,
+    load_target,
     parse_budget,
 )
 from cgmq_fx.cost_models.errors import OptionError
@@ -28,6 +32,7 @@ from cgmq_fx.passes.bias import QuantizeBiases, align_signs
 from cgmq_fx.passes.capture import Captured, ExampleInputs, capture, device_of
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.freeze import Freeze
+from cgmq_fx.passes.grid import DEFAULT_BIT_WIDTHS
 from cgmq_fx.passes.infra import run_passes
 from cgmq_fx.passes.insert import QUANTIZERS, InsertQuantizers
 from cgmq_fx.passes.normalise import (
@@ -72,14 +77,7 @@ class Prepared:
         self._inputs = captured.inputs
         self._direction = direction
         self._search_steps = search_steps
-        batch = captured.inputs.batch
-        passes = [
-            InsertQuantizers(scheme, batched=batch is not None),
-            QuantizeBiases(),
-            PropagateShapes(captured.inputs),
-        ]
-        self.model: GraphModule = run_passes(captured.module, passes)
-        self._facts = annotate(self.model, batch or 1)
+        self.model, self._facts = quantized_graph(captured, scheme)
         check_cost_models(self._facts, budget)
         check_feasible(self._facts, budget)
         self._controller = self._calibrated([captured.inputs])
@@ -187,6 +185,29 @@ def float_graph(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Ca
     return Captured(run_passes(captured.module, passes), captured.inputs, captured.dynamic)
 
 
+def quantized_graph(captured: Captured, scheme: Scheme) -> tuple[GraphModule, GraphFacts]:
+    """Insert quantizers into a normalised graph, in place, and count its facts.
+
+    Raises:
+        UnsupportedModelError: If nothing in it can be quantized.
+    """
+    batch = captured.inputs.batch
+    passes = [
+        InsertQuantizers(scheme, batched=batch is not None),
+        QuantizeBiases(),
+        PropagateShapes(captured.inputs),
+    ]
+    module = run_passes(captured.module, passes)
+    return module, annotate(module, batch or 1)
+
+
+def scheme_for(scheme: Scheme | None, target: Target | None) -> Scheme:
+    """The scheme given, else the default one, without bit-widths that the target must split."""
+    if scheme is not None or target is None:
+        return scheme or Scheme()
+    return Scheme(tuple(b for b in DEFAULT_BIT_WIDTHS if b <= target.widest))
+
+
 def prepare(
     model: nn.Module | ExportedProgram,
     budget: BudgetLike,
@@ -195,6 +216,7 @@ def prepare(
     scheme: Scheme | None = None,
     search_steps: int = DEFAULT_SEARCH_STEPS,
     direction: str | Direction = "marginal",
+    target: str | Path | Target | None = None,
 ) -> Prepared:
     """Prepare a model for a training loop of one's own.
 
@@ -206,6 +228,7 @@ def prepare(
         scheme: Bit-widths and granularity; the default is one gate per tensor.
         search_steps: Steps for which gates move; the bound is reached within half of them.
         direction: Which way gates move, by name or a `Direction`.
+        target: The chip that latency and energy are looked up for: a name, a file or a `Target`.
 
     Returns:
         The prepared model.
@@ -216,8 +239,11 @@ def prepare(
         CaptureError: If the model cannot be captured.
         UnsupportedModelError: If nothing in it can be quantized.
         DataError: If the input shapes cannot be known.
+        TargetError: If the target cannot be read.
     """
-    parsed = parse_budget(budget)
+    chip = None if target is None else load_target(target)
+    parsed = parse_budget(budget, chip)
     inputs = example_inputs_of(model, example_inputs, None, supervised=False)
     captured = float_graph(model, inputs)
-    return Prepared(captured, parsed, scheme or Scheme(), direction_of(direction), search_steps)
+    chosen = scheme_for(scheme, chip)
+    return Prepared(captured, parsed, chosen, direction_of(direction), search_steps)

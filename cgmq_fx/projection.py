@@ -1,10 +1,10 @@
 """Projection: from any assignment to one that satisfies the budget and leaves no slack.
 
-Gates fall one level at a time, the one with the least estimated loss per cost freed first, until the
-budget holds; then gates rise, the one with the most loss saved per cost taken first, until none fits
-any more. Quantizers with many gates move them in portions. Costs are monotone in the bits, so what
-did not fit once never fits later, and the first half always ends: at the latest with every gate at
-its lowest level, which satisfies any budget that was accepted.
+Gates fall one level at a time, the one with the least estimated loss per cost freed first, until
+the budget holds; then gates rise, the one with the most loss saved per cost taken first, until none
+fits any more. Quantizers with many gates move them in portions. Costs are monotone in the bits, so
+what did not fit once never fits later, and the first half always ends: at the latest with every
+gate at its lowest level, which satisfies any budget that was accepted.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from cgmq_fx.gates import GateLayout, Levels
 
 _PORTIONS = 64
 _EXHAUSTIVE = 256
+_SAMPLE = 16
 _ZERO = 1e-300
 
 Move = tuple[int, int]
@@ -138,7 +139,8 @@ class Projection:
         """Cost freed in violated constraints, or taken in all, as a share of the bounds."""
         ledger = self.ledger
         counted = ledger.violated if step < 0 else range(len(ledger.limits))
-        return sum(abs(totals[c] - ledger.totals[c]) / ledger.limits[c] for c in counted)
+        limits = ledger.limits
+        return sum(abs(totals[c] - ledger.totals[c]) / limits[c] for c in counted if limits[c])
 
     def _moved(self, move: Move, step: int, chosen: npt.NDArray[np.intp]) -> Levels:
         part = self._part(move).copy()
@@ -168,9 +170,14 @@ class Projection:
         return False
 
     def _raise_any(self, move: Move) -> bool:
-        """Raise any one gate that fits: gates of one quantizer can differ in what they meet."""
+        """Raise any one gate that fits: gates of one quantizer can differ in what they meet.
+
+        Of very many gates only some are tried, spread over the tensor.
+        """
         at_level = np.flatnonzero(self._part(move) == move[1])
-        for gate in at_level[:_EXHAUSTIVE]:
+        if at_level.size > _EXHAUSTIVE:
+            at_level = at_level[:: at_level.size // _SAMPLE]
+        for gate in at_level:
             chosen = np.array([gate])
             if self.ledger.fits(self._trial(move, 1, chosen)):
                 self._apply(move, 1, chosen)

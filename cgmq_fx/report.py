@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cgmq_fx.cost_models import FLOAT_BITS, ConstraintState, NodeFacts, Operand
@@ -54,12 +55,12 @@ def render(result: Result) -> str:
     """The result as text: a table of the compute nodes, then the constraints."""
     report, first = result.cost, result.cost.states[0]
     total = sum(report.per_node[0]) or 1.0
-    table = Table(title=f"Quantized under {result.budget}", title_justify="left")
+    table = Table(title=escape(f"Quantized under {result.budget}"), title_justify="left")
     table.add_column("node", overflow="fold")
     table.add_column("op", overflow="fold")
     for column in ("output", "W bits", "W range", "A bits", "A range", "MACs"):
         table.add_column(column, justify="right", no_wrap=column != "output")
-    table.add_column(f"{first.constraint.model.name} %", justify="right")
+    table.add_column(escape(f"{first.constraint.name} %"), justify="right")
     for node, cost in zip(report.nodes, report.per_node[0], strict=True):
         if node.operands:
             table.add_row(*_row(result, node), f"{cost / total:.1%}")

@@ -3,7 +3,14 @@
 if __name__ != "cgmq_fx.cost_models":
     raise ImportError("import this package as cgmq_fx.cost_models, not as a top-level name")
 
-from cgmq_fx.cost_models.bits import Assignment, BitArray, NodeBits, node_bits
+from cgmq_fx.cost_models.bits import (
+    Assignment,
+    BitArray,
+    GraphBits,
+    NodeBits,
+    graph_bits,
+    node_bits,
+)
 from cgmq_fx.cost_models.builtin import BOPs, MACs, WeightMemory
 from cgmq_fx.cost_models.constraint import Bound, Budget, Constraint, ConstraintState
 from cgmq_fx.cost_models.facts import (
@@ -15,15 +22,22 @@ from cgmq_fx.cost_models.facts import (
     QuantizerFacts,
     Role,
     Stored,
+    TensorFacts,
 )
 from cgmq_fx.cost_models.ledger import Ledger, highest_bits, lowest_bits, uniform_bits
+from cgmq_fx.cost_models.memory import ActivationMemory, Arena, ArenaPlan
 from cgmq_fx.cost_models.model import CostModel, cost_model, register_cost_model
 from cgmq_fx.cost_models.parse import BudgetLike, parse_bound, parse_budget
 from cgmq_fx.cost_models.preflight import check_cost_models, check_feasible, relevance
+from cgmq_fx.cost_models.tables import Energy, Latency
+from cgmq_fx.cost_models.target import Target, load_target, target_names
 
 __all__ = [
     "CONVENTION",
     "FLOAT_BITS",
+    "ActivationMemory",
+    "Arena",
+    "ArenaPlan",
     "Assignment",
     "BOPs",
     "BitArray",
@@ -33,7 +47,10 @@ __all__ = [
     "Constraint",
     "ConstraintState",
     "CostModel",
+    "Energy",
+    "GraphBits",
     "GraphFacts",
+    "Latency",
     "Ledger",
     "MACs",
     "NodeBits",
@@ -42,16 +59,21 @@ __all__ = [
     "QuantizerFacts",
     "Role",
     "Stored",
+    "Target",
+    "TensorFacts",
     "WeightMemory",
     "check_cost_models",
     "check_feasible",
     "cost_model",
+    "graph_bits",
     "highest_bits",
+    "load_target",
     "lowest_bits",
     "node_bits",
     "parse_bound",
     "parse_budget",
     "register_cost_model",
     "relevance",
+    "target_names",
     "uniform_bits",
 ]

@@ -6,15 +6,15 @@ granularity it multiplies a mixture, and a cost is the mean over the elements th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeAlias
+from typing import TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from cgmq_fx.cost_models.facts import FLOAT_BITS, NodeFacts, Operand
+from cgmq_fx.cost_models.facts import FLOAT_BITS, GraphFacts, NodeFacts, Operand, TensorFacts
 
 BitArray: TypeAlias = npt.NDArray[np.int64]
 Assignment: TypeAlias = Mapping[str, BitArray]
@@ -52,6 +52,44 @@ class NodeBits:
     def activation(self) -> float:
         """Mean bits of the second operand (the activation)."""
         return self.mean(lambda _, a: a)
+
+
+@dataclass(frozen=True, slots=True)
+class GraphBits(Sequence[NodeBits]):
+    """The bits of a whole graph; as a sequence, those of its nodes.
+
+    Attributes:
+        nodes: The bits of every node, in the order of the graph's facts.
+        tensors: Total bits of every tensor of the graph's facts, in their order.
+    """
+
+    nodes: Sequence[NodeBits]
+    tensors: BitArray
+
+    @overload
+    def __getitem__(self, index: int) -> NodeBits: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[NodeBits]: ...
+    def __getitem__(self, index: int | slice) -> NodeBits | Sequence[NodeBits]:
+        return self.nodes[index]
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+
+def graph_bits(graph: GraphFacts, assignment: Assignment) -> GraphBits:
+    """The bits of every node and tensor of `graph` under `assignment`."""
+    nodes = [node_bits(node, assignment) for node in graph.nodes]
+    tensors = [tensor_bits(tensor, assignment) for tensor in graph.tensors]
+    return GraphBits(nodes, np.array(tensors, dtype=np.int64))
+
+
+def tensor_bits(tensor: TensorFacts, assignment: Assignment) -> int:
+    """Total bits of a tensor, rounded up where gates do not divide its elements."""
+    if tensor.quantizer is None:
+        return tensor.elements * tensor.bits
+    gates = assignment[tensor.quantizer]
+    return -(-tensor.elements * int(gates.sum()) // gates.size)
 
 
 def node_bits(node: NodeFacts, assignment: Assignment) -> NodeBits:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from math import isfinite
 
 from cgmq_fx.cost_models.errors import BudgetError
+from cgmq_fx.cost_models.facts import FLOAT_BITS
 from cgmq_fx.cost_models.model import CostModel
 
 
@@ -16,7 +18,8 @@ class Bound:
 
     Attributes:
         value: In the unit of the cost model, or a fraction if `relative`.
-        relative: Whether it is a share of the same graph at 32 bits (0.004 is 0.4 %).
+        relative: Whether it is a share of the same graph at `base` bits (0.004 is 0.4 %).
+        base: The uniform bit-width that a relative bound refers to, 32 or 8.
 
     Raises:
         BudgetError: If the value is not a positive, finite number.
@@ -24,8 +27,11 @@ class Bound:
 
     value: float
     relative: bool = False
+    base: int = FLOAT_BITS
 
     def __post_init__(self) -> None:
+        if self.base not in (8, FLOAT_BITS):
+            raise BudgetError(f"a bound is relative to 32 or 8 bits, not {self.base}")
         if not isfinite(self.value) or self.value <= 0:
             raise BudgetError(
                 f"a bound must be a positive, finite number, not {self.value:g}; no model has a "
@@ -33,26 +39,45 @@ class Bound:
             )
 
     def limit(self, reference: float) -> float:
-        """The bound in the unit of the cost model, given the cost at 32 bits."""
+        """The bound in the unit of the cost model, given the cost at `base` bits."""
         return self.value * reference if self.relative else self.value
 
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """A cost model and an upper bound."""
+    """A cost model and an upper bound.
+
+    Attributes:
+        model: What is counted.
+        bound: How much it may be at most.
+        scope: Counts only layers whose module path or node name matches this glob pattern.
+    """
 
     model: CostModel
     bound: Bound
+    scope: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The cost's name, with its scope in brackets."""
+        return self.model.name if self.scope is None else f"{self.model.name}[{self.scope}]"
 
     def __str__(self) -> str:
-        value = f"{self.bound.value * 100:.6g}%" if self.bound.relative else self._absolute()
-        return f"{self.model.name} <= {value}"
-
-    def _absolute(self) -> str:
-        return f"{self.bound.value:.12g} {self.model.unit}".rstrip()
+        """The string form that a budget is read from, exact: it reads back as the same bound."""
+        exact = Decimal(repr(float(self.bound.value)))
+        if self.bound.relative:
+            base = "" if self.bound.base == FLOAT_BITS else f" of {self.bound.base} bits"
+            return f"{self.name} <= {_plain(exact.scaleb(2))}%{base}"
+        return f"{self.name} <= {_plain(exact)} {self.model.unit}".rstrip()
 
     def __and__(self, other: Constraint | Budget) -> Budget:
         return Budget((self,)) & other
+
+
+def _plain(number: Decimal) -> str:
+    """The shortest way to write `number`, without an exponent where that is readable."""
+    number = number.normalize()
+    return f"{number:f}" if -12 < number.adjusted() < 12 else f"{number}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +93,9 @@ class Budget:
     def __post_init__(self) -> None:
         if not self.constraints:
             raise BudgetError('the budget is empty; give at least one bound, such as "bops <= 1%"')
-        seen: set[tuple[str, bool]] = set()
+        seen: set[tuple[str, bool, int]] = set()
         for constraint in self.constraints:
-            key = (constraint.model.name, constraint.bound.relative)
+            key = (constraint.name, constraint.bound.relative, constraint.bound.base)
             if key in seen:
                 raise BudgetError(f"the budget bounds {key[0]!r} twice; keep the smaller bound")
             seen.add(key)
@@ -97,7 +122,7 @@ class ConstraintState:
         constraint: What was measured.
         value: The cost, in the unit of the cost model.
         limit: The bound, in the same unit.
-        reference: The cost of the same graph at 32 bits.
+        reference: The cost of the same graph at the bound's base, 32 bits unless it says so.
     """
 
     constraint: Constraint
@@ -112,12 +137,12 @@ class ConstraintState:
 
     @property
     def relative(self) -> float:
-        """The cost as a share of the same graph at 32 bits (0 where that costs nothing)."""
+        """The cost as a share of the reference (0 where that costs nothing)."""
         return self.value / self.reference if self.reference else 0.0
 
     def __str__(self) -> str:
         sign = "<=" if self.satisfied else "> (VIOLATED)"
-        name, unit = self.constraint.model.name, self.constraint.model.unit
+        name, unit = self.constraint.name, self.constraint.model.unit
         if self.constraint.bound.relative:
             bound = self.constraint.bound.value
             return f"{name} {self.relative:.4%} {sign} {bound:.4%}"

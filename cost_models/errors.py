@@ -27,6 +27,10 @@ class CostModelError(CgmqError):
     """A cost model breaks its contract: not finite, negative, or lower for more bits."""
 
 
+class TargetError(CgmqError, ValueError):
+    """A target cannot be read, or has no figure for what is asked."""
+
+
 class OptionError(CgmqError, ValueError):
     """An option of the public API has a value that makes no sense."""
 

@@ -98,6 +98,27 @@ class NodeFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorFacts:
+    """A tensor that a runtime keeps while the graph is executed.
+
+    Attributes:
+        name: The node that writes it.
+        elements: Elements, per sample.
+        first: The step that writes it; network inputs are there from step 0.
+        last: The last step that reads it; network outputs are kept to the last step.
+        quantizer: Name of the quantizer whose grid it is on, or None for float.
+        bits: Bits per element where there is no quantizer.
+    """
+
+    name: str
+    elements: int
+    first: int
+    last: int
+    quantizer: str | None = None
+    bits: int = FLOAT_BITS
+
+
+@dataclass(frozen=True, slots=True)
 class QuantizerFacts:
     """What is fixed about a quantizer.
 
@@ -125,20 +146,30 @@ class GraphFacts:
         quantizers: The quantizers by name.
         unknown: Nodes whose op no table knows, as "name (op, place)": never counted as 0 silently.
         batch: The batch size of the example inputs that shapes were taken from.
+        tensors: The tensors that a runtime keeps, with their lifetimes.
+        readers: For every quantizer, the indices of the nodes whose cost can depend on it.
+        holders: For every quantizer, the indices of the tensors that are on its grid.
     """
 
     nodes: tuple[NodeFacts, ...]
     quantizers: Mapping[str, QuantizerFacts]
     unknown: tuple[str, ...] = ()
     batch: int = 1
+    tensors: tuple[TensorFacts, ...] = ()
     readers: Mapping[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
+    holders: Mapping[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         readers: dict[str, list[int]] = {name: [] for name in self.quantizers}
         for index, node in enumerate(self.nodes):
             for name in dict.fromkeys(node.quantizers):
                 readers[name].append(index)
+        holders: dict[str, list[int]] = {name: [] for name in self.quantizers}
+        for index, tensor in enumerate(self.tensors):
+            if tensor.quantizer is not None:
+                holders[tensor.quantizer].append(index)
         object.__setattr__(self, "readers", {n: tuple(i) for n, i in readers.items()})
+        object.__setattr__(self, "holders", {n: tuple(i) for n, i in holders.items()})
 
     @cached_property
     def macs(self) -> int:

@@ -6,13 +6,23 @@ After a gate moves, only the nodes that read its quantizer are computed again.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from math import fsum
 
 import numpy as np
 
-from cgmq_fx.cost_models.bits import Assignment, BitArray, NodeBits, node_bits
+from cgmq_fx.cost_models.bits import (
+    Assignment,
+    BitArray,
+    GraphBits,
+    NodeBits,
+    graph_bits,
+    node_bits,
+    tensor_bits,
+)
 from cgmq_fx.cost_models.constraint import Budget, Constraint, ConstraintState
-from cgmq_fx.cost_models.facts import FLOAT_BITS, GraphFacts
+from cgmq_fx.cost_models.errors import BudgetError
+from cgmq_fx.cost_models.facts import GraphFacts
 
 
 def uniform_bits(graph: GraphFacts, bits: int) -> dict[str, BitArray]:
@@ -43,12 +53,12 @@ class Ledger:
         self.graph = graph
         self.budget = budget
         self._bits = dict(assignment)
-        self._nodes = [node_bits(node, self._bits) for node in graph.nodes]
-        self._costs = [self._per_node(c, range(len(graph.nodes)), self._nodes) for c in budget]
-        self._totals = tuple(self._total(c, self._costs[c], self._nodes) for c in self._range)
-        full = uniform_bits(graph, FLOAT_BITS)
-        nodes = [node_bits(node, full) for node in graph.nodes]
-        self.references = tuple(c.model.graph_cost(graph, nodes) for c in budget)
+        self._inside = [inside_scope(graph, c) for c in budget]
+        state = graph_bits(graph, self._bits)
+        self._nodes, self._tensors = list(state.nodes), state.tensors
+        self._costs = [self._per_node(i, range(len(graph.nodes)), self._nodes) for i in self._range]
+        self._totals = tuple(self._total(i, self._costs[i], state) for i in self._range)
+        self.references = tuple(self._reference(i) for i in self._range)
         self.limits = tuple(c.bound.limit(r) for c, r in zip(budget, self.references, strict=True))
 
     @property
@@ -87,48 +97,95 @@ class Ledger:
     def trial(self, name: str, bits: BitArray) -> tuple[float, ...]:
         """What the totals would be if quantizer `name` had `bits`; nothing is changed."""
         changed = self._changed(name, bits)
-        return tuple(self._trial_total(c, changed) for c in self._range)
+        return self._after(changed, self._tensors_after(name, bits))[1]
 
     def move(self, name: str, bits: BitArray) -> None:
         """Give quantizer `name` new bits (one entry per gate)."""
         changed = self._changed(name, bits)
+        self._tensors = self._tensors_after(name, bits)
+        self._costs, self._totals = self._after(changed, self._tensors)
         self._bits[name] = bits
         for index, node in changed.items():
             self._nodes[index] = node
-        for c, constraint in enumerate(self.budget):
-            costs = self._per_node(constraint, changed, self._nodes)
-            for index, cost in zip(changed, costs, strict=True):
-                self._costs[c][index] = cost
-        self._totals = tuple(self._total(c, self._costs[c], self._nodes) for c in self._range)
 
     @property
     def _range(self) -> range:
         return range(len(self.budget))
 
     def _changed(self, name: str, bits: BitArray) -> dict[int, NodeBits]:
+        """The bits of the nodes that read a quantizer, if it had `bits`."""
         before, self._bits[name] = self._bits[name], bits
         try:
             return {i: node_bits(self.graph.nodes[i], self._bits) for i in self.graph.readers[name]}
         finally:
             self._bits[name] = before
 
+    def _tensors_after(self, name: str, bits: BitArray) -> BitArray:
+        holders = self.graph.holders[name]
+        if not holders:
+            return self._tensors
+        tensors = self._tensors.copy()
+        for index in holders:
+            tensors[index] = tensor_bits(self.graph.tensors[index], {name: bits})
+        return tensors
+
+    def _after(
+        self, changed: dict[int, NodeBits], tensors: BitArray
+    ) -> tuple[list[list[float]], tuple[float, ...]]:
+        """Costs per node and totals with some nodes changed."""
+        costs, totals, state = [], [], None
+        for c, constraint in enumerate(self.budget):
+            row = self._costs[c].copy()
+            new = self._per_node(c, changed, changed)
+            for index, cost in zip(changed, new, strict=True):
+                row[index] = cost
+            if state is None and not constraint.model.additive:
+                nodes = self._nodes.copy()
+                for index, node in changed.items():
+                    nodes[index] = node
+                state = GraphBits(nodes, tensors)
+            costs.append(row)
+            totals.append(self._total(c, row, state))
+        return costs, tuple(totals)
+
     def _per_node(
-        self, constraint: Constraint, indices: Iterable[int], nodes: Sequence[NodeBits]
+        self, c: int, indices: Iterable[int], nodes: Sequence[NodeBits] | dict[int, NodeBits]
     ) -> list[float]:
-        return [constraint.model.node_cost(self.graph.nodes[i], nodes[i]) for i in indices]
+        model, inside = self.budget.constraints[c].model, self._inside[c]
+        facts = self.graph.nodes
+        return [model.node_cost(facts[i], nodes[i]) if inside[i] else 0.0 for i in indices]
 
-    def _total(self, index: int, costs: Sequence[float], nodes: Sequence[NodeBits]) -> float:
-        model = self.budget.constraints[index].model
-        return fsum(costs) if model.additive else model.graph_cost(self.graph, nodes)
-
-    def _trial_total(self, index: int, changed: dict[int, NodeBits]) -> float:
-        model = self.budget.constraints[index].model
-        if model.additive:
-            costs = list(self._costs[index])
-            for i, node in changed.items():
-                costs[i] = model.node_cost(self.graph.nodes[i], node)
+    def _total(self, c: int, costs: Sequence[float], state: GraphBits | None) -> float:
+        model = self.budget.constraints[c].model
+        if model.additive or state is None:
             return fsum(costs)
-        nodes = list(self._nodes)
-        for i, node in changed.items():
-            nodes[i] = node
-        return model.graph_cost(self.graph, nodes)
+        return model.graph_cost(self.graph, state)
+
+    def _reference(self, c: int) -> float:
+        base = graph_bits(
+            self.graph, uniform_bits(self.graph, self.budget.constraints[c].bound.base)
+        )
+        return self._total(c, self._per_node(c, range(len(self.graph.nodes)), base.nodes), base)
+
+
+def inside_scope(graph: GraphFacts, constraint: Constraint) -> tuple[bool, ...]:
+    """For every node, whether a constraint counts it.
+
+    Raises:
+        BudgetError: If the constraint's scope matches no node, or its cost cannot be scoped.
+    """
+    scope = constraint.scope
+    if scope is None:
+        return (True,) * len(graph.nodes)
+    if not constraint.model.additive:
+        raise BudgetError(
+            f"{constraint.model.name!r} is no sum over nodes, so it cannot be bounded for "
+            f"{scope!r} alone; bound it for the whole model"
+        )
+    inside = tuple(
+        any(fnmatchcase(name, scope) for name in (node.module, node.name)) for node in graph.nodes
+    )
+    if not any(inside):
+        known = ", ".join(dict.fromkeys(node.module or node.name for node in graph.nodes))
+        raise BudgetError(f"no layer matches {scope!r}; there are {known}")
+    return inside

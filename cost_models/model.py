@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from math import fsum
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from cgmq_fx.cost_models.bits import NodeBits
+from cgmq_fx.cost_models.bits import GraphBits, NodeBits
 from cgmq_fx.cost_models.errors import CostModelError, UnknownCostError
 from cgmq_fx.cost_models.facts import GraphFacts, NodeFacts
 
 if TYPE_CHECKING:
     from cgmq_fx.cost_models.constraint import Bound, Constraint
+    from cgmq_fx.cost_models.target import Target
 
 
 class CostModel(ABC):
@@ -34,6 +34,11 @@ class CostModel(ABC):
     unit: ClassVar[str]
     additive: ClassVar[bool] = True
 
+    @classmethod
+    def make(cls, target: Target | None) -> CostModel:
+        """An instance for a budget string; models that depend on a chip use `target`."""
+        return cls()
+
     @abstractmethod
     def node_cost(self, node: NodeFacts, bits: NodeBits) -> float:
         """The cost of one node, per sample.
@@ -46,17 +51,31 @@ class CostModel(ABC):
             The cost in `unit`.
         """
 
-    def graph_cost(self, graph: GraphFacts, bits: Sequence[NodeBits]) -> float:
+    def graph_cost(self, graph: GraphFacts, bits: GraphBits) -> float:
         """The cost of the whole graph.
 
         Args:
             graph: The facts of the graph.
-            bits: The bits of each of `graph.nodes`, in that order.
+            bits: `bits.nodes`, the bits of each of `graph.nodes`, and `bits.tensors`, the total
+                bits of each of `graph.tensors`.
 
         Returns:
             The cost in `unit`; the sum over the nodes unless overridden.
         """
-        return fsum(self.node_cost(n, b) for n, b in zip(graph.nodes, bits, strict=True))
+        return fsum(self.node_cost(n, b) for n, b in zip(graph.nodes, bits.nodes, strict=True))
+
+    def parts(self, graph: GraphFacts, bits: GraphBits) -> dict[str, float]:
+        """What the total is made of, by name: what dominates it is named to the user.
+
+        Args:
+            graph: The facts of the graph.
+            bits: Its bits.
+
+        Returns:
+            The cost of every node, unless overridden.
+        """
+        pairs = zip(graph.nodes, bits.nodes, strict=True)
+        return {node.module or node.name: self.node_cost(node, b) for node, b in pairs}
 
     def __le__(self, bound: float | str | Bound) -> Constraint:
         """`BOPs() <= 2e6` and `BOPs() <= "0.4%"` are constraints.
@@ -82,7 +101,7 @@ def register_cost_model(model: type[Model]) -> type[Model]:
         CostModelError: If it has no name or unit, or if another model has that name already.
     """
     name = getattr(model, "name", "")
-    if not name or not name.isidentifier():
+    if not isinstance(name, str) or not name.isidentifier():
         raise CostModelError(
             f"{model.__qualname__} needs a `name` that is an identifier, such as 'wires'; "
             f"it has {name!r}"
@@ -98,11 +117,12 @@ def register_cost_model(model: type[Model]) -> type[Model]:
     return model
 
 
-def cost_model(name: str) -> CostModel:
+def cost_model(name: str, target: Target | None = None) -> CostModel:
     """A registered cost model by name.
 
     Raises:
         UnknownCostError: If no model has that name.
+        BudgetError: If the model depends on a chip and `target` is None.
     """
     if name not in _REGISTRY:
         known = ", ".join(sorted(_REGISTRY))
@@ -110,4 +130,10 @@ def cost_model(name: str) -> CostModel:
             f"there is no cost model named {name!r}; known are {known}. "
             "Register your own with cgmq_fx.register_cost_model"
         )
-    return _REGISTRY[name]()
+    try:
+        return _REGISTRY[name].make(target)
+    except TypeError as error:  # an abstract class, or one whose constructor needs arguments
+        raise CostModelError(
+            f"the cost model {name!r} cannot be made from its name alone ({error}); define "
+            "`node_cost`, and give models with arguments as a constraint: Wires(0.1) <= 2e6"
+        ) from error

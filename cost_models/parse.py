@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from decimal import Context
 from functools import lru_cache
+from math import inf
 from typing import TYPE_CHECKING, TypeAlias
 
 from cgmq_fx.cost_models.constraint import Bound, Budget, Constraint
 from cgmq_fx.cost_models.errors import BudgetError
+from cgmq_fx.cost_models.facts import FLOAT_BITS
 from cgmq_fx.cost_models.model import CostModel, cost_model
 
 if TYPE_CHECKING:
     import pint
 
+    from cgmq_fx.cost_models.target import Target
+
 BoundLike: TypeAlias = "float | str | Bound"
 BudgetLike: TypeAlias = "str | Mapping[str, BoundLike] | Constraint | Budget | Iterable[Constraint]"
 
 _MAX_LENGTH = 10_000
-_CLAUSE = re.compile(r"\s*([A-Za-z_]\w*)\s*(<=|<|≤)\s*([^<>=≤]+)")
+_CLAUSE = re.compile(r"\s*([A-Za-z_]\w*)\s*(\[[^\[\],;&]+\])?\s*(<=|<|≤)\s*([^<>=≤]+)")
 _QUANTITY = re.compile(
-    r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|nan|inf)\s*([%A-Za-zµ/]*)\s*"
+    r"\s*([+-]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|nan|inf))"
+    r"\s*(%(?:\s*of\s*(?:8|32)\s*bits?)?|[A-Za-zµ]{1,40}(?:/[A-Za-zµ]{1,40}){0,2}|)\s*"
 )
+_EXACT = Context(traps=[])  # 0.7% is the float nearest to 0.007, which 0.7 / 100 is not
 _PREFIX = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
-def parse_budget(budget: BudgetLike) -> Budget:
+def parse_budget(budget: BudgetLike, target: Target | None = None) -> Budget:
     """Read a budget.
 
     Args:
         budget: A string (`"bops <= 0.4%, weights <= 64 KiB"`), a mapping (`{"bops": "0.4%"}`), a
             constraint (`BOPs() <= 2e6`), several of them, or a `Budget`.
+        target: The chip that costs like latency and energy are looked up for.
 
     Returns:
         The budget.
@@ -44,9 +52,9 @@ def parse_budget(budget: BudgetLike) -> Budget:
     if isinstance(budget, Constraint):
         return Budget((budget,))
     if isinstance(budget, str):
-        return _parse_string(budget)
+        return _parse_string(budget, target)
     if isinstance(budget, Mapping):
-        return Budget(tuple(cost_model(str(k)) <= v for k, v in budget.items()))
+        return Budget(tuple(_constraint(str(k), v, target) for k, v in budget.items()))
     if isinstance(budget, Iterable):
         constraints = tuple(budget)
         if all(isinstance(c, Constraint) for c in constraints):
@@ -71,20 +79,29 @@ def parse_bound(bound: BoundLike, model: CostModel) -> Bound:
             f"the bound of {model.name!r} must be a number or a string, not {bound!r}"
         )
     if not isinstance(bound, str):
-        return Bound(float(bound))
+        return Bound(_number(bound))
     match = _QUANTITY.fullmatch(bound) if len(bound) <= _MAX_LENGTH else None
     if match is None:
         raise BudgetError(
             f"cannot read {bound[:80].strip()!r} as the bound of {model.name!r}; "
             'expected a quantity such as "0.4%", "64 KiB", "2.5M" or "2e6"'
         )
-    number, unit = float(match[1]), match[2]
-    if unit == "%":
-        return Bound(number / 100, relative=True)
-    return Bound(number * _factor(unit, model))
+    number, unit = match.groups()
+    if unit.startswith("%"):
+        share = float(_EXACT.create_decimal(number).scaleb(-2, _EXACT))
+        return Bound(share, relative=True, base=8 if "8" in unit else FLOAT_BITS)
+    product = float(number) * _factor(unit, model)
+    return Bound(float(f"{product:.15g}"))  # 20 uJ is 2e-05 J, not 1.9999999999999998e-05
 
 
-def _parse_string(text: str) -> Budget:
+def _number(bound: float) -> float:
+    try:
+        return float(bound)
+    except OverflowError:
+        return inf
+
+
+def _parse_string(text: str, target: Target | None) -> Budget:
     if len(text) > _MAX_LENGTH:
         raise BudgetError(f"a budget string has at most {_MAX_LENGTH} characters, not {len(text)}")
     constraints = []
@@ -95,10 +112,19 @@ def _parse_string(text: str) -> Budget:
                 f"cannot read {clause.strip()[:80]!r} in the budget {text[:200]!r}; each part is a "
                 'cost, "<=" and a bound, for example "bops <= 0.4%, weights <= 64 KiB"'
             )
-        if match[2] == "<":
+        if match[3] == "<":
             raise BudgetError(f'write "<=" instead of "<" in {clause.strip()!r}: bounds can be met')
-        constraints.append(cost_model(match[1]) <= match[3].strip())
+        constraints.append(_constraint(match[1] + (match[2] or ""), match[4].strip(), target))
     return Budget(tuple(constraints))
+
+
+def _constraint(name: str, bound: BoundLike, target: Target | None) -> Constraint:
+    """The constraint on a cost by its name, with a scope in brackets if there is one."""
+    plain, bracket, scope = name.partition("[")
+    model = cost_model(plain, target)
+    return Constraint(
+        model, parse_bound(bound, model), scope.rstrip("]").strip() if bracket else None
+    )
 
 
 def _factor(unit: str, model: CostModel) -> float:
@@ -111,10 +137,14 @@ def _factor(unit: str, model: CostModel) -> float:
 
     try:
         registry = _registry(model.unit)
-        return float(registry.Quantity(1.0, unit).to(model.unit).magnitude)
+        given, own = registry.Quantity(1.0, unit), registry.Quantity(1.0, model.unit)
+        if given.to_root_units().units != own.to_root_units().units:  # to pint a bit is a radian
+            raise pint.DimensionalityError(given.units, own.units)
+        return float(given.to(own.units).magnitude)
     except (pint.errors.PintError, AttributeError, ValueError, TypeError) as error:
         raise BudgetError(
-            f"the unit {unit!r} does not fit {model.name!r}, which is measured in {model.unit}"
+            f"the unit {unit!r} does not fit {model.name!r}, which is measured in {model.unit}; "
+            f"give the bound in {model.unit}, or as a share such as 1%"
         ) from error
 
 

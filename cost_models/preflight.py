@@ -1,4 +1,4 @@
-"""What is checked before any training: that cost models keep their contract and bounds can be met."""
+"""Checked before any training: that cost models keep their contract and bounds can be met."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from math import isfinite
 
 import numpy as np
 
-from cgmq_fx.cost_models.bits import Assignment, BitArray
+from cgmq_fx.cost_models.bits import Assignment, BitArray, graph_bits
 from cgmq_fx.cost_models.constraint import Budget
 from cgmq_fx.cost_models.errors import CostModelError, InfeasibleBudgetError
 from cgmq_fx.cost_models.facts import CONVENTION, GraphFacts
@@ -27,14 +27,16 @@ def check_cost_models(graph: GraphFacts, budget: Budget) -> None:
     """
     for others in (lowest_bits(graph), highest_bits(graph)):
         ledger = Ledger(graph, budget, others)
+        _check_values(ledger, ledger.references, "with everything at 32 bits")
         _check_values(ledger, ledger.totals, "with every gate at the same end of its bit-widths")
         for name in graph.quantizers:
             _check_quantizer(ledger, name)
 
 
 def check_feasible(graph: GraphFacts, budget: Budget) -> None:
-    """Check that the smallest bit-widths satisfy `budget`; costs are monotone, so if they do not,
-    nothing does.
+    """Check that the smallest bit-widths satisfy `budget`.
+
+    Costs are monotone, so if the smallest do not satisfy it, nothing does.
 
     Raises:
         InfeasibleBudgetError: Naming each constraint that cannot hold, the least reachable cost
@@ -78,7 +80,8 @@ def _check_quantizer(ledger: Ledger, name: str) -> None:
                     f"the cost model {constraint.model.name!r} falls from {before[i]:g} to "
                     f"{totals[i]:g} {constraint.model.unit} when {name} goes from "
                     f"{before_bits[0]} to {bits[0]} bits and all others stay "
-                    f"({_others(ledger.assignment, name)}); a cost must never be lower for more bits"
+                    f"({_others(ledger.assignment, name)}); "
+                    "a cost must never be lower for more bits"
                 )
         before, before_bits = totals, bits
 
@@ -102,18 +105,23 @@ def _check_values(ledger: Ledger, totals: tuple[float, ...], where: str) -> None
             )
 
 
+def dominating(ledger: Ledger, index: int, most: int = _DOMINANT) -> str:
+    """What a constraint's cost is mostly made of, as text: "conv1 (75%), fc (12%)"."""
+    model = ledger.budget.constraints[index].model
+    parts = model.parts(ledger.graph, graph_bits(ledger.graph, ledger.assignment))
+    total = sum(parts.values()) or 1.0
+    largest = sorted(parts.items(), key=lambda part: -part[1])[:most]
+    return ", ".join(f"{name} ({cost / total:.0%})" for name, cost in largest)
+
+
 def _infeasible(ledger: Ledger, index: int) -> str:
     state = ledger.states()[index]
-    model = state.constraint.model
+    name, unit = state.constraint.name, state.constraint.model.unit
     if state.constraint.bound.relative:
         floor, bound = f"{state.relative:.3%}", f"{state.constraint.bound.value:.3%}"
     else:
-        floor, bound = f"{state.value:,.6g} {model.unit}", f"{state.limit:,.6g} {model.unit}"
-    costs = ledger.node_costs(index)
-    order = sorted(range(len(costs)), key=lambda i: -costs[i])[:_DOMINANT]
-    total = sum(costs) or 1.0
-    layers = ", ".join(f"{ledger.graph.nodes[i].name} ({costs[i] / total:.0%})" for i in order)
+        floor, bound = f"{state.value:,.6g} {unit}", f"{state.limit:,.6g} {unit}"
     return (
-        f"{model.name} <= {bound} is asked for, but with every gate at its smallest bit-width it is "
-        f"still {floor}, most of it in {layers}"
+        f"{name} <= {bound} is asked for, but with every gate at its smallest bit-width it is "
+        f"still {floor}, most of it in {dominating(ledger, index)}"
     )

@@ -12,6 +12,7 @@ from cgmq_fx.cost_models.facts import GraphFacts, NodeFacts, Operand, QuantizerF
 from cgmq_fx.passes.bias import BIASES
 from cgmq_fx.passes.infra import Pass, PassResult, module_path, place
 from cgmq_fx.passes.insert import QUANTIZERS, operands
+from cgmq_fx.passes.liveness import liveness
 from cgmq_fx.passes.meeting import meeting
 from cgmq_fx.passes.optable import ComputeOp, compute_op, is_known
 from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer
@@ -147,7 +148,8 @@ def annotate(module: GraphModule, batch: int) -> GraphFacts:
         elif not is_known(node):
             unknown.append(f"{node.name} ({node.target}{', ' if place(node) else ''}{place(node)})")
     quantizers = {q.name: q for q in _quantizer_facts(module, live, batch)}
-    return GraphFacts(tuple(nodes), quantizers, tuple(unknown), batch)
+    tensors = liveness(module, live, batch)
+    return GraphFacts(tuple(nodes), quantizers, tuple(unknown), batch, tensors)
 
 
 @dataclass(frozen=True)

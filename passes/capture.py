@@ -93,17 +93,20 @@ def capture(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Captur
         The graph and the inputs as they were used.
 
     Raises:
-        CaptureError: If the model cannot be called with the inputs, or torch.export cannot trace it.
+        CaptureError: If the model cannot be called with the inputs, or torch.export cannot trace
+            it.
     """
     if isinstance(model, ExportedProgram):
-        module = copy.deepcopy(_module_of(model))
-        return Captured(_plain(module), inputs.to(device_of(module)), inputs.batch is not None)
+        with _quiet():
+            module = _plain(copy.deepcopy(_module_of(model)))
+        return Captured(module, inputs.to(device_of(module)), _any_batch(module))
     own = _copy(model).eval()
-    inputs = inputs.to(device_of(own)).at_least_two()
+    inputs = inputs.to(device_of(own)).map(torch.clone).at_least_two()
     _call(own, inputs)
     if inputs.batch is not None:
         try:
-            return Captured(_plain(_export(own, inputs, dynamic=True)), inputs, dynamic=True)
+            module = _plain(_export(own, inputs, dynamic=True))
+            return Captured(module, inputs, _any_batch(module))
         except Exception:  # noqa: BLE001 - any failure of a dynamic export means: try a fixed batch
             return Captured(_plain(_explained(own, inputs)), inputs, dynamic=False)
     return Captured(_plain(_explained(own, inputs)), inputs, dynamic=False)
@@ -145,8 +148,8 @@ def _explained(model: nn.Module, inputs: ExampleInputs) -> GraphModule:
     except Exception as error:
         raise CaptureError(
             f"torch.export cannot capture {type(model).__name__}: {type(error).__name__}: "
-            f"{_first_line(error)}{_user_line(error)}. Usual causes are control flow that depends on "
-            "values of tensors, and calls that leave PyTorch"
+            f"{_first_line(error)}{_user_line(error)}. Usual causes are control flow that depends "
+            "on values of tensors, and calls that leave PyTorch"
         ) from error
 
 
@@ -179,6 +182,13 @@ def _module_of(program: ExportedProgram) -> GraphModule:
     if not isinstance(module, GraphModule):
         raise CaptureError(f"torch.export gave a {type(module).__name__}, not a GraphModule")
     return module
+
+
+def _any_batch(module: GraphModule) -> bool:
+    """Whether the batch size stayed free: export may find that the model insists on one."""
+    values = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
+    sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()]
+    return bool(sizes) and all(isinstance(size, torch.SymInt) for size in sizes)
 
 
 def _plain(exported: GraphModule) -> GraphModule:

@@ -84,7 +84,7 @@ def round_to_grid(x: Tensor, limit: Tensor, bits: Tensor, signed: bool) -> Tenso
     y = (x / step).round_().clamp_(low, high).mul_(step)
     if on_cpu and not bool((bits >= PASS_THROUGH).any()):
         return y
-    return torch.where(bits >= PASS_THROUGH, x, y)
+    return torch.where(bits >= PASS_THROUGH, x, y, out=y)  # keeps the memory format of `x`
 
 
 def finest_step(log_range: Tensor, bits: Tensor, signed: bool) -> Tensor:

@@ -10,9 +10,10 @@ from torch.fx import GraphModule, Node
 
 from cgmq_fx.cost_models.errors import PassError, UnsupportedModelError
 from cgmq_fx.cost_models.facts import Role
+from cgmq_fx.passes.aliases import last_write
 from cgmq_fx.passes.infra import Pass, PassResult, place
 from cgmq_fx.passes.meeting import channel_axis, gate_shape, weight_axis
-from cgmq_fx.passes.oplists import BINARY, INTEGER
+from cgmq_fx.passes.oplists import AVERAGES, BINARY, INTEGER
 from cgmq_fx.passes.optable import (
     ComputeOp,
     argument,
@@ -66,7 +67,7 @@ def _wanted(module: GraphModule, live: set[Node]) -> dict[Node, list[_Place]]:
 
 
 def _links(module: GraphModule, live: set[Node]) -> Iterator[_Place]:
-    """Operands of element-wise sums and products in integers that are not on a grid yet.
+    """Operands of element-wise sums and products, and of pools, in integers, not yet on a grid.
 
     Such an op is executed in integers when its result is quantized: when each of its readers,
     through ops that integer runtimes have, is a quantizer or another such op.
@@ -78,7 +79,11 @@ def _links(module: GraphModule, live: set[Node]) -> Iterator[_Place]:
             u.op == "call_module" or (u.target in INTEGER and integer[u]) for u in readers
         )
     for node in module.graph.nodes:
-        if node.op != "call_function" or node.target not in BINARY or not integer.get(node):
+        if (
+            node.op != "call_function"
+            or node.target not in (BINARY | AVERAGES)
+            or not integer.get(node)
+        ):
             continue
         for factor in node.all_input_nodes:
             root = view_root(factor)
@@ -94,7 +99,7 @@ def _spec(scheme: Scheme, places: list[_Place], batched: bool) -> QuantizerSpec:
         gates = gate_shape(scheme.weights, shape, axis)
         ranges = gate_shape(scheme.weight_ranges, shape, axis)
         return QuantizerSpec(first.role, True, scheme.bit_widths, gates, ranges)
-    signed = not non_negative(first.node)
+    signed = last_write(first.node) is not None or not non_negative(first.node)
     widths, granularity = scheme.bit_widths, scheme.activations
     if first.op is None:
         widths, granularity = scheme.link_widths, "tensor"
@@ -121,18 +126,25 @@ def _insert(module: GraphModule, node: Node, spec: QuantizerSpec) -> None:
     quantizer = Quantizer(spec, value.device)
     container = module.get_submodule(QUANTIZERS)
     container.add_module(name, quantizer)
-    with module.graph.inserting_before(_first_reader(node)):
+    written = last_write(node)
+    with module.graph.inserting_before(_first_reader(node, written)):
         call = module.graph.call_module(f"{QUANTIZERS}.{name}", (node,))
     call.meta = {
         k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")
     }
     for user in list(node.users):
-        if user is not call and not _reads_size_only(user):
+        late = written is None or written < user
+        if user is not call and late and not _reads_size_only(user):
             user.replace_input_with(node, call)
 
 
-def _first_reader(node: Node) -> Node:
-    """Where to insert: before the first reader, for state and inputs; else right behind `node`."""
+def _first_reader(node: Node, written: Node | None) -> Node:
+    """Where to insert: before the first reader, for state and inputs; else right behind `node`.
+
+    A tensor that is written in place is complete only behind the last op that does so.
+    """
+    if written is not None:
+        return written.next
     return min(node.users) if node.op in ("placeholder", "get_attr") else node.next
 
 
@@ -162,7 +174,8 @@ class InsertQuantizers(Pass):
         """Insert all quantizers."""
         if not any(compute_op(n) for n in module.graph.nodes):
             raise UnsupportedModelError(
-                "there is nothing to quantize: the graph has no node that multiplies and accumulates"
+                "there is nothing to quantize: the graph has no node that multiplies and "
+                "accumulates"
             )
         module.add_module(QUANTIZERS, nn.Module())
         live = reachable_from_inputs(module.graph)

@@ -102,16 +102,18 @@ def fake_quantize_backward(
     g = grad.to(wide.dtype)
     step, low, high = grid(beta, bits, signed)
     passed = bits >= PASS_THROUGH
+    rangeless = passed | (bits == 0)
     inside = (wide.abs() <= beta) if signed else (wide >= 0) & (wide <= beta)
     inside = inside | passed
     codes = wide / step
     error = codes.round().clamp_(low, high) - codes * inside
-    error = torch.where(passed, torch.zeros_like(error), error)
+    error = torch.where(rangeless, torch.zeros_like(error), error)
     per_range = (g * error * (step / beta)).sum_to_size(limit.shape)
-    count = x.numel() / max(limit.numel(), 1) * high.mean().clamp(min=1.0)
-    grad_limit = (per_range / count.sqrt()).to(limit.dtype)
+    count = max(x.numel(), 1) / max(limit.numel(), 1) * high.mean().clamp(min=1.0)
+    grad_limit = (per_range / count.sqrt()).to(limit.dtype).contiguous()
+    grad_x = torch.mul(grad, inside, out=torch.empty_like(x, dtype=grad.dtype))
     reported = _statistic(g, wide, beta, bits, adjacent, signed, batched, Statistic(statistic))
-    return (grad * inside).to(grad.dtype), grad_limit, reported.to(limit.dtype)
+    return grad_x, grad_limit, reported.to(limit.dtype).contiguous()
 
 
 @fake_quantize_backward.register_fake
@@ -127,7 +129,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = Statistic(statistic).rows
     reported = limit.new_empty((rows, *bits.shape))
-    return torch.empty_like(grad), torch.empty_like(limit), reported
+    return torch.empty_like(x, dtype=grad.dtype), limit.new_empty(limit.shape), reported
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
+import torch
 from torch.fx import Node
 
-from cgmq_fx.passes.optable import ComputeOp, Layout, argument
+from cgmq_fx.passes.optable import ComputeOp, Layout, argument, is_view
 from cgmq_fx.passes.scheme import Granularity
-from cgmq_fx.passes.state import groups_of, shape_of, view_root
+from cgmq_fx.passes.state import groups_of, shape_of, sources, view_root
+
+_TRANSPOSES = ("permute", "transpose", "t", "movedim", "swapaxes", "swapdims", "numpy_T", "mT")
 
 
 def weight_axis(node: Node, op: ComputeOp) -> int | None:
@@ -100,11 +104,45 @@ def meeting(node: Node, op: ComputeOp, weight_gates: tuple[int, ...], input_gate
         or size is None
         or size % input_gates
         or len(weight_gates) not in (0, len(shape))
+        or (input_gates > 1 and not _in_order(node, op, input_gates, size))
     ):
         return independent
     dims = weight_gates or (1,) * len(shape)
     lined_up = _line_up(op.layout, shape, dims, size, input_gates, groups_of(node))
     return lined_up or independent
+
+
+def _in_order(node: Node, op: ComputeOp, gates: int, size: int) -> bool:
+    """Whether the contracted axis runs through the channels that have gates in order.
+
+    Found by sending the numbers of the channels through what lies in between: a flattened image
+    has its channels in order, but the tokens that a mixer contracts are no channels.
+    """
+    *between, root = sources(argument(node, op.activation))
+    axis, shape = channel_axis(node, op, root), shape_of(root)
+    if axis is None or shape is None or shape[axis] != gates:
+        return False
+    channels = torch.arange(gates, dtype=torch.float32)
+    numbers: Any = channels.reshape(along(len(shape), axis, -1)).expand(shape)
+    for step in reversed(between):
+        if len(step.all_input_nodes) > 1 and not is_view(step):
+            return False
+        numbers = _moved(numbers, step)
+    spatial = len(shape_of(argument(node, op.weight)) or ()) - 2
+    convolved = op.layout in (Layout.CONV, Layout.CONV_TRANSPOSE)
+    numbers = numbers.movedim(-1 - spatial if convolved else -1, -1)
+    return bool((numbers == channels.repeat_interleave(size // gates)).all())
+
+
+def _moved(numbers: Any, step: Node) -> Any:
+    """The output of an op that moves values; shapes come from the graph, where they are known."""
+    shape, name = shape_of(step), getattr(step.target, "_opname", "")
+    if shape is not None and name in ("expand", "expand_as"):
+        return numbers.expand(shape)
+    if shape is not None and is_view(step) and name not in _TRANSPOSES:
+        return numbers.reshape(shape)
+    operation: Any = step.target
+    return operation(numbers, *step.args[1:], **step.kwargs)
 
 
 def _line_up(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from cgmq_fx.passes.aliases import aliases, memory_path
 from cgmq_fx.passes.infra import Pass, PassResult
-from cgmq_fx.passes.oplists import GRID_PRESERVING
 from cgmq_fx.passes.optable import Layout, argument, compute_op, set_argument
 from cgmq_fx.passes.quantizer import TrainingFlag
 from cgmq_fx.passes.state import drop_unused_state, groups_of, set_tensor, shape_of, tensor_at
@@ -27,7 +28,12 @@ _FLAGS = {
     "feature_alpha_dropout": "train",
     "rrelu": "training",
 }
-_IDENTITIES = (_ATEN.alias.default, _ATEN.detach.default, _ATEN.lift_fresh_copy.default)
+_IDENTITIES = (
+    _ATEN.alias.default,
+    _ATEN.detach.default,
+    _ATEN.detach_.default,
+    _ATEN.lift_fresh_copy.default,
+)
 
 
 def _functional_twin(node: Node) -> Any:
@@ -43,20 +49,24 @@ def _functional_twin(node: Node) -> Any:
 
 
 def _can_be_functional(node: Node) -> bool:
-    """Whether nothing else can see that `node` writes into its first argument."""
+    """Whether nothing but the readers of its first argument can see what `node` writes there."""
     written = node.args[0]
-    if not isinstance(written, Node) or written.op != "call_function":
+    if not isinstance(written, Node):
         return False
-    views = [u for u in written.users if u.op == "call_function" and u.target in GRID_PRESERVING]
-    return written.target not in GRID_PRESERVING and not any(u < node for u in views)
+    others = aliases(written) - {written, node}
+    if any(a.op == "get_attr" for a in (written, *others)):
+        return False
+    strangers = [a for a in others if node not in memory_path(a)]
+    return not any(node < reader for a in strangers for reader in a.users)
 
 
 @dataclass(frozen=True)
 class Functionalise(Pass):
     """Replace in-place ops by their out-of-place twins.
 
-    Before: a captured graph. After: no activation is overwritten where that could be avoided, and
-    what was written is what later readers read; buffers that the model updates are left alone.
+    Before: a captured graph. After: neither an input nor an activation is overwritten where that
+    could be avoided, and what was written is what later readers read; buffers that the model
+    updates are left alone.
     """
 
     def run(self, module: GraphModule) -> PassResult:
@@ -125,9 +135,16 @@ def _is_impure(node: Node) -> bool:
 def _does_nothing(node: Node) -> bool:
     if node.op != "call_function":
         return False
-    if node.target in _IDENTITIES:
+    if node.target in _IDENTITIES or _is_whole_slice(node):
         return True
     return getattr(node.target, "_opname", "") in _FLAGS and argument(node, "p", None) == 0.0
+
+
+def _is_whole_slice(node: Node) -> bool:
+    if node.target is not _ATEN.slice.Tensor:
+        return False
+    start, end, step = (argument(node, name) for name in ("start", "end", "step"))
+    return start in (None, 0) and end in (None, sys.maxsize) and step == 1
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Lists of ATen ops by what they do to values: views, grids that pass, signs, no multiplications."""
+"""Lists of ATen ops by what they do to values: views, grids that pass, signs, no products."""
 
 from __future__ import annotations
 
@@ -57,6 +57,17 @@ JOINS = _overloads("cat concat stack")
 BINARY = _overloads("add sub mul maximum minimum")
 """Element-wise ops that an integer runtime executes on two quantized operands."""
 
+AVERAGES = _overloads(
+    """
+    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+    mean
+    """
+)
+"""Pools that an integer runtime executes on a quantized tensor, with a rescaled result."""
+
+PADS = _overloads("constant_pad_nd pad")
+"""Ops that add values around a tensor; zeros are on every grid."""
+
 INTEGER = (
     GRID_PRESERVING
     | JOINS
@@ -108,3 +119,11 @@ FREE = (
     """
     )
 )
+
+IN_PLACE = _overloads(
+    """
+    relu relu6 hardtanh clamp clamp_min clamp_max leaky_relu elu selu celu gelu silu mish hardswish
+    hardsigmoid sigmoid tanh dropout batch_norm softplus abs neg exp sqrt square
+    """
+)
+"""Element-wise ops of one tensor, which runtimes fuse into its producer or run in place."""

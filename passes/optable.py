@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
-from cgmq_fx.passes.oplists import FREE, GRID_PRESERVING, VIEWS
+from cgmq_fx.passes.oplists import FREE, GRID_PRESERVING, PADS, VIEWS
 
 Shape: TypeAlias = tuple[int, ...]
 Macs: TypeAlias = Callable[[Shape, Shape, Shape], int]
@@ -134,7 +134,10 @@ def is_view(node: Node) -> bool:
 
 def preserves_grid(node: Node) -> bool:
     """Whether the node's output values are values of its first argument, or 0."""
-    return node.op == "call_function" and node.target in GRID_PRESERVING
+    if node.op != "call_function" or node.target not in PADS:
+        return node.op == "call_function" and node.target in GRID_PRESERVING
+    constant = argument(node, "mode", "constant") == "constant"
+    return constant and argument(node, "value", 0) in (0, 0.0, None)
 
 
 def is_known(node: Node) -> bool:

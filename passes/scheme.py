@@ -37,15 +37,17 @@ class Scheme:
     input_bits: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.bit_widths, tuple):
+            raise OptionError(f"bit_widths must be a tuple, not {self.bit_widths!r}")
+        for bits in (*self.bit_widths, *([] if self.input_bits is None else [self.input_bits])):
+            if type(bits) is not int or not allowed_bit_width(bits):
+                raise OptionError(
+                    f"{bits!r} is no bit-width; use 0 (prune), 2 to 16, or 32 (float)"
+                )
         if not self.bit_widths or tuple(sorted(set(self.bit_widths))) != self.bit_widths:
             raise OptionError(
                 f"bit_widths must be ascending without repeats, not {self.bit_widths}"
             )
-        for bits in (*self.bit_widths, *([] if self.input_bits is None else [self.input_bits])):
-            if not isinstance(bits, int) or not allowed_bit_width(bits):
-                raise OptionError(
-                    f"{bits!r} is no bit-width; use 0 (prune), 2 to 16, or 32 (float)"
-                )
         for name, most in (("weights", 3), ("activations", 2), ("weight_ranges", 2)):
             choices = get_args(Granularity)[:most]
             if getattr(self, name) not in choices:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.node import Argument, Target
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
@@ -35,8 +37,12 @@ class PropagateShapes(Pass):
 
 
 class _Propagator(FakeTensorProp):
-    """FakeTensorProp with its own run, which would make the inputs fake a second time."""
+    """FakeTensorProp for inputs that are fake already, and state that must not be written to."""
 
     def run(self, *args: object, **kwargs: object) -> object:
         with self._mode:
             return torch.fx.Interpreter.run(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    def get_attr(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return self._mode.from_tensor(value) if isinstance(value, torch.Tensor) else value

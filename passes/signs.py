@@ -49,14 +49,15 @@ def _inherits_sign(node: Node) -> Sequence[Node] | None:
         return node.all_input_nodes
     if node.target not in NON_NEGATIVE_IF_INPUTS or _has_negative_number(node):
         return None
-    several = node.target._opname in ("add", "mul", "div", "cat", "stack", "maximum")
+    name = getattr(node.target, "_opname", "")
+    several = name in ("add", "mul", "div", "cat", "stack", "maximum")
     return node.all_input_nodes if several else node.all_input_nodes[:1]
 
 
 def _has_negative_number(node: Node) -> bool:
     """Whether a number among the arguments can make the result negative."""
     numbers = [a for a in node.args[:2] if isinstance(a, int | float)]
-    name = node.target._opname  # type: ignore[union-attr]
+    name = getattr(node.target, "_opname", "")
     if name in ("add", "mul", "div") and any(n < 0 for n in numbers):
         return True
     if name == "add" and argument(node, "alpha", 1) != 1:

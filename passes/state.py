@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from cgmq_fx.passes.aliases import last_write, memory_path, writes
 from cgmq_fx.passes.optable import argument, is_view, preserves_grid
 from cgmq_fx.passes.quantizer import Quantizer
 
@@ -73,6 +74,8 @@ def reachable_from_inputs(graph: Graph) -> set[Node]:
         inherits = carries and any(parent in found for parent in node.all_input_nodes)
         if node.op == "placeholder" or inherits:
             found.add(node)
+        if inherits and writes(node):
+            found.update(memory_path(node))
     return found
 
 
@@ -97,7 +100,7 @@ def sources(node: Node) -> Iterator[Node]:
 
 def _same_grid(node: Node) -> Any:
     if preserves_grid(node):
-        return node.args[0]
+        return None if last_write(node) else node.args[0]
     return node.args[0] if node.op == "call_function" and node.target is operator.getitem else None
 
 

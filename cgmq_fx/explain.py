@@ -1,0 +1,171 @@
+"""`explain`: what a budget asks of a model, before any training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+from torch.export import ExportedProgram
+
+from cgmq_fx.cost_models import (
+    CONVENTION,
+    BudgetLike,
+    Constraint,
+    Ledger,
+    Target,
+    check_cost_models,
+    highest_bits,
+    load_target,
+    lowest_bits,
+    parse_budget,
+    uniform_bits,
+)
+from cgmq_fx.cost_models.preflight import dominating
+from cgmq_fx.data import example_inputs_of
+from cgmq_fx.passes.scheme import Scheme
+from cgmq_fx.prepare import float_graph, quantized_graph, scheme_for
+
+_WIDTH = 120
+UNIFORM = (2, 4, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class ConstraintRange:
+    """What one constraint can cost.
+
+    Attributes:
+        constraint: The constraint.
+        limit: Its bound, in the unit of its cost model.
+        floor: The cost with every gate at its smallest bit-width.
+        ceiling: The cost with every gate at its largest.
+        uniform: The cost with every gate at 2, 4 and 8 bits, by bits.
+        dominated_by: What the floor is mostly made of.
+    """
+
+    constraint: Constraint
+    limit: float
+    floor: float
+    ceiling: float
+    uniform: dict[int, float]
+    dominated_by: str
+
+    @property
+    def feasible(self) -> bool:
+        """Whether some bit-widths satisfy this constraint."""
+        return self.floor <= self.limit
+
+    @property
+    def free(self) -> bool:
+        """Whether all bit-widths satisfy it: it asks for nothing."""
+        return self.ceiling <= self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What a budget asks of a model.
+
+    Attributes:
+        ranges: One entry per constraint.
+        unknown: Nodes that are not counted because no table knows their op.
+    """
+
+    ranges: tuple[ConstraintRange, ...]
+    unknown: tuple[str, ...]
+
+    @property
+    def feasible(self) -> bool:
+        """Whether some bit-widths satisfy all constraints at once.
+
+        Costs never fall for more bits, so the smallest bit-widths are the cheapest for every
+        constraint at the same time: constraints that can be met one by one can be met together.
+        """
+        return all(entry.feasible for entry in self.ranges)
+
+    def __str__(self) -> str:
+        table = Table(title="What the budget asks for", title_justify="left")
+        table.add_column("constraint", overflow="fold")
+        for column in ("floor", *(f"{bits} bits" for bits in UNIFORM), "ceiling"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("feasible")
+        table.add_column("floor dominated by", overflow="fold")
+        for entry in self.ranges:
+            values = [entry.floor, *entry.uniform.values(), entry.ceiling]
+            verdict = "no" if not entry.feasible else "always" if entry.free else "yes"
+            shown = [_amount(entry, value) for value in values]
+            table.add_row(
+                escape(str(entry.constraint)), *shown, verdict, escape(entry.dominated_by)
+            )
+        buffer = StringIO()
+        console = Console(file=buffer, width=_WIDTH, color_system=None)
+        console.print(table)
+        for line in self._footer():
+            console.print(line, markup=False, highlight=False)
+        return buffer.getvalue().rstrip()
+
+    def _footer(self) -> list[str]:
+        if self.feasible:
+            verdict = "feasible: the smallest bit-widths satisfy every constraint at once"
+        else:
+            broken = ", ".join(e.constraint.name for e in self.ranges if not e.feasible)
+            verdict = f"infeasible: {broken} cannot be met with the allowed bit-widths"
+        lines = [verdict]
+        if self.unknown:
+            lines.append(f"not counted (unknown ops): {', '.join(self.unknown)}")
+        return [*lines, f"({CONVENTION})"]
+
+
+def explain(
+    model: nn.Module | ExportedProgram,
+    budget: BudgetLike,
+    example_inputs: Any = None,
+    *,
+    scheme: Scheme | None = None,
+    target: str | Path | Target | None = None,
+) -> Explanation:
+    """Say what a budget asks of a model, without training; print it for a table.
+
+    Args:
+        model: The model; it is not modified.
+        budget: The bounds.
+        example_inputs: As for `prepare`.
+        scheme: Bit-widths and granularity.
+        target: The chip that latency and energy are looked up for.
+
+    Returns:
+        For every constraint its floor, ceiling, uniform values and what dominates it.
+
+    Raises:
+        CgmqError: As for `prepare`, but an infeasible budget is explained, not raised.
+    """
+    chip = None if target is None else load_target(target)
+    parsed = parse_budget(budget, chip)
+    inputs = example_inputs_of(model, example_inputs, None, supervised=False)
+    _, facts = quantized_graph(float_graph(model, inputs), scheme_for(scheme, chip))
+    check_cost_models(facts, parsed)
+    floor = Ledger(facts, parsed, lowest_bits(facts))
+    ceiling = Ledger(facts, parsed, highest_bits(facts))
+    uniform = {bits: Ledger(facts, parsed, uniform_bits(facts, bits)) for bits in UNIFORM}
+    ranges = tuple(
+        ConstraintRange(
+            constraint,
+            floor.limits[i],
+            floor.totals[i],
+            ceiling.totals[i],
+            {bits: ledger.totals[i] for bits, ledger in uniform.items()},
+            dominating(floor, i),
+        )
+        for i, constraint in enumerate(parsed)
+    )
+    return Explanation(ranges, facts.unknown)
+
+
+def _amount(entry: ConstraintRange, value: float) -> str:
+    if entry.constraint.bound.relative:
+        return f"{value / entry.limit * entry.constraint.bound.value:.3%}"
+    return f"{value:,.5g}"

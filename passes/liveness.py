@@ -1,0 +1,138 @@
+"""Liveness: which tensors a runtime keeps, from when to when, and on whose grid.
+
+Steps are the ops that write a tensor of their own, in the order of the graph. Views are not tensors
+of their own; neither are element-wise ops on a tensor that nobody else reads (runtimes fuse them or
+work in place), nor quantizers. A tensor has the bits of its quantizer; one that only reaches
+quantizers through ops that keep a grid (max-pool before the quantizer, say) has theirs, because a
+runtime quantizes before such ops.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import networkx as nx
+from torch.fx import GraphModule, Node
+
+from cgmq_fx.cost_models.facts import FLOAT_BITS, TensorFacts
+from cgmq_fx.passes.oplists import IN_PLACE, JOINS
+from cgmq_fx.passes.optable import is_view, preserves_grid
+from cgmq_fx.passes.quantizer import Quantizer
+from cgmq_fx.passes.state import quantizer_name, quantizer_of, shape_of, value_of
+
+_LAST = 1 << 60
+
+
+def liveness(module: GraphModule, live: set[Node], batch: int) -> tuple[TensorFacts, ...]:
+    """The tensors that depend on the model's input, with their lifetimes.
+
+    Args:
+        module: A graph with shapes.
+        live: The nodes that depend on the input.
+        batch: Batch size of the shapes; sizes are per sample.
+
+    Returns:
+        The tensors in the order in which they are written.
+    """
+    storage = _storages(module, live)
+    members: dict[Node, list[Node]] = {}
+    for node, root in storage.items():
+        members.setdefault(root, []).append(node)
+    steps = {root: step for step, root in enumerate(members)}
+    widths = _quantizers(module, members)
+    return tuple(
+        TensorFacts(
+            name=root.name,
+            elements=prod(shape_of(root) or ()) // batch,
+            first=0 if root.op == "placeholder" else steps[root],
+            last=min(_last_use(nodes, storage, steps), len(steps) - 1),
+            quantizer=widths.get(root),
+            bits=_bits(root),
+        )
+        for root, nodes in members.items()
+    )
+
+
+def _storages(module: GraphModule, live: set[Node]) -> dict[Node, Node]:
+    """For every node that holds activations, the node whose memory it uses."""
+    storage: dict[Node, Node] = {}
+    for node in module.graph.nodes:
+        if node not in live or shape_of(node) is None or node.op == "output":
+            continue
+        source = node.args[0] if node.args else None
+        shared = isinstance(source, Node) and source in storage and _shares(module, node, source)
+        storage[node] = storage[source] if shared and isinstance(source, Node) else node
+    return storage
+
+
+def _shares(module: GraphModule, node: Node, source: Node) -> bool:
+    if is_view(node):
+        return shape_of(node) is None or _size(node) == _size(source)
+    if node.op == "call_module":
+        return isinstance(module.get_submodule(str(node.target)), Quantizer)
+    return node.target in IN_PLACE and len(source.users) == 1 and _size(node) == _size(source)
+
+
+def _size(node: Node) -> int:
+    return prod(shape_of(node) or ())
+
+
+def _bits(root: Node) -> int:
+    value = value_of(root)
+    return value.element_size() * 8 if value is not None else FLOAT_BITS
+
+
+def _last_use(nodes: list[Node], storage: dict[Node, Node], steps: dict[Node, int]) -> int:
+    """The last step that reads any view of a tensor; outputs are kept to the end."""
+    last = steps[storage[nodes[0]]]
+    for node in nodes:
+        for user in node.users:
+            if user.op == "output":
+                return _LAST
+            for reached in _readers(user, storage):
+                last = max(last, steps[storage[reached]])
+    return last
+
+
+def _readers(user: Node, storage: dict[Node, Node]) -> list[Node]:
+    """`user`, or what it feeds if it is no tensor itself (a tuple of chunks, say)."""
+    if user in storage:
+        return [user]
+    return [node for node in user.users if node in storage]
+
+
+def _quantizers(module: GraphModule, members: dict[Node, list[Node]]) -> dict[Node, str]:
+    """The quantizer of every tensor: its own, else the one that all its readers lead to."""
+    found: dict[Node, str] = {}
+    root_of = {node: root for root, nodes in members.items() for node in nodes}
+    flow = nx.DiGraph()
+    flow.add_nodes_from(members)
+    for root, nodes in members.items():
+        own = [quantizer_name(n) for n in nodes if _is_quantizer(module, n)]
+        inherited = quantizer_of(module, root)
+        if own:
+            found[root] = own[-1]
+        elif inherited is not None:
+            found[root] = inherited[0]
+        reached = {root_of[u] for n in nodes for u in n.users if u in root_of} - {root}
+        flow.add_edges_from((root, other) for other in reached)
+    for root in reversed(list(nx.topological_sort(flow))):
+        if root in found:
+            continue
+        readers = [u for n in members[root] for u in n.users if root_of.get(u) is not root]
+        names = {_passed_on(u, root_of, found) for u in readers}
+        if len(names) == 1 and (name := names.pop()) is not None:
+            found[root] = name
+    return found
+
+
+def _passed_on(user: Node, root_of: dict[Node, Node], found: dict[Node, str]) -> str | None:
+    """The quantizer behind a reader that keeps grids, else None."""
+    keeps = preserves_grid(user) or (user.op == "call_function" and user.target in JOINS)
+    return found.get(root_of[user]) if keeps and user in root_of else None
+
+
+def _is_quantizer(module: GraphModule, node: Node) -> bool:
+    return node.op == "call_module" and isinstance(
+        module.get_submodule(str(node.target)), Quantizer
+    )
