@@ -28,6 +28,7 @@ from cgmq_fx.data import Signature, calibration_batches, example_inputs_of
 from cgmq_fx.directions import Direction, direction_of
 from cgmq_fx.history import Phase
 from cgmq_fx.passes.annotate import annotate
+from cgmq_fx.passes.attention import DecomposeAttention
 from cgmq_fx.passes.bias import QuantizeBiases, align_signs
 from cgmq_fx.passes.capture import Captured, ExampleInputs, capture, device_of
 from cgmq_fx.passes.copying import copy_graph
@@ -179,6 +180,7 @@ def float_graph(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Ca
         RemoveNoOps(),
         PropagateShapes(captured.inputs),
         FoldBatchNorm(),
+        DecomposeAttention(),
         SwitchModes(),
         PropagateShapes(captured.inputs),
     ]

@@ -72,10 +72,13 @@ class CostModel(ABC):
             bits: Its bits.
 
         Returns:
-            The cost of every node, unless overridden.
+            The cost of every module of the user's, or node outside of one, unless overridden.
         """
-        pairs = zip(graph.nodes, bits.nodes, strict=True)
-        return {node.module or node.name: self.node_cost(node, b) for node, b in pairs}
+        parts: dict[str, float] = {}
+        for node, b in zip(graph.nodes, bits.nodes, strict=True):
+            name = node.module or node.name
+            parts[name] = parts.get(name, 0.0) + self.node_cost(node, b)
+        return parts
 
     def __le__(self, bound: float | str | Bound) -> Constraint:
         """`BOPs() <= 2e6` and `BOPs() <= "0.4%"` are constraints.

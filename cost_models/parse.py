@@ -90,7 +90,10 @@ def parse_bound(bound: BoundLike, model: CostModel) -> Bound:
     if unit.startswith("%"):
         share = float(_EXACT.create_decimal(number).scaleb(-2, _EXACT))
         return Bound(share, relative=True, base=8 if "8" in unit else FLOAT_BITS)
-    product = float(number) * _factor(unit, model)
+    factor = _factor(unit, model)
+    if factor == 1.0:
+        return Bound(float(number))
+    product = float(number) * factor
     return Bound(float(f"{product:.15g}"))  # 20 uJ is 2e-05 J, not 1.9999999999999998e-05
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import CaptureError
@@ -188,7 +189,7 @@ def _any_batch(module: GraphModule) -> bool:
     """Whether the batch size stayed free: export may find that the model insists on one."""
     values = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
     sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()]
-    return bool(sizes) and all(isinstance(size, torch.SymInt) for size in sizes)
+    return bool(sizes) and all(free_symbols(size) for size in sizes)
 
 
 def _plain(exported: GraphModule) -> GraphModule:

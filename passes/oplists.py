@@ -39,8 +39,8 @@ GRID_PRESERVING = VIEWS | _overloads(
 
 NON_NEGATIVE = _overloads(
     """
-    relu relu6 sigmoid hardsigmoid softmax _softmax abs exp square softplus logsigmoid_backward
-    exp2 var std norm linalg_vector_norm cosh one_hot sqrt rsqrt
+    relu relu6 sigmoid hardsigmoid softmax _safe_softmax _softmax abs exp square softplus exp2
+    var std norm linalg_vector_norm cosh one_hot sqrt rsqrt
     """
 )
 NON_NEGATIVE_IF_INPUTS = GRID_PRESERVING | _overloads(

@@ -97,12 +97,9 @@ def exported(net: Net) -> ExportedProgram:
 @pytest.mark.parametrize("name", ["cnn", "residual", "mlp"])
 def test_an_exported_program_is_taken(name: str) -> None:
     net = NETS[name]
-    program = exported(net)
-    captured = float_graph(program, net.inputs(2))
+    captured = float_graph(exported(net), net.inputs(2))
+    assert captured.dynamic
     assert differs(net, captured.module, 5) < TOLERANCE
-    assert distance(call(program.module(), same := net.inputs(3)), call(net.build().eval(), same)) < (
-        TOLERANCE
-    )
 
 
 @pytest.mark.parametrize("name", ["cnn", "residual", "concat"])
