@@ -33,7 +33,7 @@ console = Console()
 def share_grids(module: GraphModule) -> int:
     """Put both operands of every residual add on the shortcut's grid; how many were changed."""
     changed = 0
-    for node in module.graph.nodes:
+    for node in list(module.graph.nodes):
         operands = [a for a in node.args if isinstance(a, torch.fx.Node) and a.op == "call_module"]
         if node.target not in BINARY or len(operands) != 2:
             continue
@@ -41,7 +41,9 @@ def share_grids(module: GraphModule) -> int:
         if link is None:
             continue
         other = next(o for o in operands if o is not link)
-        link.target = other.target
+        with module.graph.inserting_before(node):
+            shared = module.graph.call_module(str(other.target), (link,))
+        node.replace_input_with(link, shared)
         quantizer = module.get_submodule(str(other.target))
         assert isinstance(quantizer, Quantizer)
         quantizer.signed = True  # the branch is: the shortcut pays half of its codes for that

@@ -36,10 +36,12 @@ class RangeTable:
         log_ranges: Shape (bit-widths, *range shape): natural logarithm of the best range.
         noise: Shape (bit-widths,): mean squared step there; at 0 bits 12 times the mean square of
             the values (rounding to a step s has the error s^2/12), at 32 bits 0.
+        power: Mean square of the values.
     """
 
     log_ranges: Tensor
     noise: Tensor
+    power: float
 
 
 def best_range(values: Tensor, bits: int, signed: bool) -> Tensor:
@@ -97,7 +99,7 @@ def range_table(quantizer: Quantizer, values: Tensor) -> RangeTable:
         else:
             step = limit * (2 if quantizer.signed else 1) / (2**bits - 1)
             noise.append(step.square().mean())
-    return RangeTable(torch.stack(logs), torch.stack(noise))
+    return RangeTable(torch.stack(logs), torch.stack(noise), float(values.square().mean()))
 
 
 def calibrate(

@@ -52,7 +52,7 @@ class Progress(Callback):
 
     def on_start(self, prepared: Prepared, steps: int) -> None:
         """Show the bar, if there is a terminal."""
-        self._names = [str(state.constraint) for state in prepared.cost]
+        self._names = [state.constraint.name for state in prepared.cost]
         if self._console.is_terminal and steps:
             columns = [TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()]
             self._bar = Bar(*columns, console=self._console, transient=True)
@@ -74,6 +74,7 @@ class Progress(Callback):
             f"{self._cost_text(record.costs)}  {holds}",
             highlight=False,
             markup=False,
+            soft_wrap=True,
         )
 
     def on_end(self) -> None:
@@ -83,4 +84,4 @@ class Progress(Callback):
 
     def _cost_text(self, costs: tuple[float, ...]) -> str:
         pairs = zip(self._names, costs, strict=True)
-        return ", ".join(f"{name}: {cost:.1%} of the bound" for name, cost in pairs)
+        return ", ".join(f"{name} at {cost:.1%} of its bound" for name, cost in pairs)

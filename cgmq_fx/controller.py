@@ -40,6 +40,8 @@ _REACH = 0.5
 _MEMORY = 0.05
 """Share of the search over which sensitivities are smoothed."""
 
+_TINY = 1e-30
+
 _REFRESH = 0.005
 """Share of the search after which marginal costs are computed again, if bits have changed."""
 
@@ -83,7 +85,7 @@ class Controller:
         relevant = relevance(facts, budget)
         flags = torch.tensor([relevant[q.name] for q in self.layout.quantizers])
         self._relevant = flags[self.layout.owner]
-        self._sensitivity = torch.zeros_like(self.gates)
+        self._sensitivity = self._prior()
         self.taken = 0
         self._best: Levels | None = None
         self._marginals: tuple[Tensor, Tensor] | None = None
@@ -158,6 +160,12 @@ class Controller:
         ledger = Ledger(self.ledger.graph, self.ledger.budget, self.layout.assignment(levels))
         weight = self._sensitivity.double().numpy()
         return Projection(self.layout, ledger, levels, weight).run()
+
+    def _prior(self) -> Tensor:
+        """Sensitivities before the first backward pass: errors count relative to the values."""
+        power = torch.tensor([max(table.power, _TINY) for table in self._tables])
+        gates = torch.tensor([float(q.gates) for q in self.layout.quantizers])
+        return (1 / (power * gates))[self.layout.owner]
 
     def _reachable(self) -> Tensor:
         """Per gate, the highest value at which the budget holds with all others at their lowest.

@@ -32,6 +32,7 @@ from cgmq_fx.passes.attention import DecomposeAttention
 from cgmq_fx.passes.bias import QuantizeBiases, align_signs
 from cgmq_fx.passes.capture import Captured, ExampleInputs, capture, device_of
 from cgmq_fx.passes.copying import copy_graph
+from cgmq_fx.passes.decompose import DecomposeComposite
 from cgmq_fx.passes.freeze import Freeze
 from cgmq_fx.passes.grid import DEFAULT_BIT_WIDTHS
 from cgmq_fx.passes.infra import run_passes
@@ -63,6 +64,7 @@ class Prepared:
     Attributes:
         model: The graph with quantizers; train its parameters with any optimizer.
         budget: What must hold.
+        facts: What the model costs, apart from its bits.
     """
 
     def __init__(
@@ -78,9 +80,9 @@ class Prepared:
         self._inputs = captured.inputs
         self._direction = direction
         self._search_steps = search_steps
-        self.model, self._facts = quantized_graph(captured, scheme)
-        check_cost_models(self._facts, budget)
-        check_feasible(self._facts, budget)
+        self.model, self.facts = quantized_graph(captured, scheme)
+        check_cost_models(self.facts, budget)
+        check_feasible(self.facts, budget)
         self._controller = self._calibrated([captured.inputs])
         self.model.train()
 
@@ -163,7 +165,7 @@ class Prepared:
         tables = calibrate(self.model, own, batches, inputs)
         align_signs(self.model)
         return Controller(
-            own, self._facts, self.budget, tables, self._direction, self._search_steps
+            own, self.facts, self.budget, tables, self._direction, self._search_steps
         )
 
 
@@ -176,6 +178,7 @@ def float_graph(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Ca
     captured = capture(model, inputs)
     passes = [
         MergeState(),
+        DecomposeComposite(),
         Functionalise(),
         RemoveNoOps(),
         PropagateShapes(captured.inputs),

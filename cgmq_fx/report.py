@@ -17,7 +17,7 @@ from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.result import Result
 
-_MIN_WIDTH = 100
+_MIN_WIDTH = 110
 
 
 def as_dict(result: Result) -> dict[str, Any]:
@@ -52,25 +52,55 @@ def as_dict(result: Result) -> dict[str, Any]:
 
 
 def render(result: Result) -> str:
-    """The result as text: a table of the compute nodes, then the constraints."""
-    report, first = result.cost, result.cost.states[0]
-    total = sum(report.per_node[0]) or 1.0
-    table = Table(title=escape(f"Quantized under {result.budget}"), title_justify="left")
-    table.add_column("node", overflow="fold")
-    table.add_column("op", overflow="fold")
-    for column in ("output", "W bits", "W range", "A bits", "A range", "MACs"):
-        table.add_column(column, justify="right", no_wrap=column != "output")
-    table.add_column(escape(f"{first.constraint.name} %"), justify="right")
-    for node, cost in zip(report.nodes, report.per_node[0], strict=True):
-        if node.operands:
-            table.add_row(*_row(result, node), f"{cost / total:.1%}")
+    """The result as text: the compute nodes, the other quantizers, then the constraints."""
     buffer = StringIO()
     width = max(_MIN_WIDTH, get_terminal_size((_MIN_WIDTH, 24)).columns)
     console = Console(file=buffer, width=width, color_system=None)
-    console.print(table)
+    console.print(_node_table(result))
+    others = _other_quantizers(result)
+    if others:
+        console.print(_quantizer_table(result, others))
     for line in _footer(result):
         console.print(line, markup=False, highlight=False)
     return buffer.getvalue().rstrip()
+
+
+def _node_table(result: Result) -> Table:
+    """A row per compute node, with its share of every cost that is a sum over nodes."""
+    report = result.cost
+    table = Table(title=escape(f"Quantized under {result.budget}"), title_justify="left")
+    table.add_column("layer", overflow="fold", min_width=12)
+    table.add_column("op", overflow="fold")
+    for column in ("output", "W bits", "W range", "A bits", "A range", "MACs"):
+        table.add_column(column, justify="right", no_wrap=column != "output")
+    sums = [i for i, state in enumerate(report.states) if state.constraint.model.additive]
+    for index in sums:
+        name = report.states[index].constraint.name
+        table.add_column(escape(f"{name} %"), justify="right")
+    totals = {index: sum(report.per_node[index]) or 1.0 for index in sums}
+    for row, node in enumerate(report.nodes):
+        if node.operands:
+            shares = [f"{report.per_node[i][row] / totals[i]:.1%}" for i in sums]
+            table.add_row(*map(escape, _row(result, node)), *shares)
+    return table
+
+
+def _other_quantizers(result: Result) -> list[str]:
+    """Quantizers that no product reads: operands of residual adds, for example."""
+    read = {o.quantizer for node in result.cost.nodes for o in node.operands}
+    return [name for name in result.cost.facts.quantizers if name not in read]
+
+
+def _quantizer_table(result: Result, names: list[str]) -> Table:
+    table = Table(title="Quantized for adds, joins and pools", title_justify="left")
+    for column in ("quantizer", "elements", "bits", "range"):
+        table.add_column(column, justify="left" if column == "quantizer" else "right")
+    for name in names:
+        facts = result.cost.facts.quantizers[name]
+        operand = Operand(facts.role, facts.elements, name)
+        bits, limit = _bits_text(result, operand), _range_text(result, operand)
+        table.add_row(escape(name), f"{facts.elements:,}", bits, limit)
+    return table
 
 
 def _footer(result: Result) -> list[str]:
@@ -84,7 +114,7 @@ def _footer(result: Result) -> list[str]:
 def _row(result: Result, node: NodeFacts) -> list[str]:
     weight, activation = node.operands
     return [
-        node.name,
+        node.module or node.name,
         node.op.removeprefix("aten.").removesuffix(".default"),
         "x".join(map(str, node.output_shape[1:] or node.output_shape)),
         _bits_text(result, weight),

@@ -6,6 +6,7 @@ granularity it multiplies a mixture, and a cost is the mean over the elements th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,8 @@ Assignment: TypeAlias = Mapping[str, BitArray]
 """The bits of every quantizer: name -> flat array with one entry per gate."""
 
 _RADIX = 64
+_FEW = 128
+_FLOAT: BitArray = np.array([FLOAT_BITS])
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +92,17 @@ def tensor_bits(tensor: TensorFacts, assignment: Assignment) -> int:
     if tensor.quantizer is None:
         return tensor.elements * tensor.bits
     gates = assignment[tensor.quantizer]
+    if gates.size == 1:
+        return tensor.elements * gates.item()
     return -(-tensor.elements * int(gates.sum()) // gates.size)
 
 
 def node_bits(node: NodeFacts, assignment: Assignment) -> NodeBits:
     """The bits of `node` under `assignment`."""
-    stored = sum(
-        s.elements * s.bits if s.quantizer is None else _stored(s.elements, assignment[s.quantizer])
-        for s in node.stored
-    )
+    stored = 0
+    for s in node.stored:
+        gates = None if s.quantizer is None else assignment[s.quantizer]
+        stored += s.elements * s.bits if gates is None else _stored(s.elements, gates)
     if not node.operands:
         return NodeBits((), stored)
     first, second = node.operands
@@ -106,23 +111,29 @@ def node_bits(node: NodeFacts, assignment: Assignment) -> NodeBits:
 
 def _gates(operand: Operand, assignment: Assignment) -> BitArray:
     if operand.quantizer is None:
-        return np.array([FLOAT_BITS])
+        return _FLOAT
     gates = assignment[operand.quantizer]
     return gates if gates.size == 1 else gates.reshape(operand.meets)
 
 
 def _stored(elements: int, gates: BitArray) -> int:
     """Bits of `elements` elements, an equal number of which belong to each gate."""
+    if gates.size == 1:
+        return elements * gates.item()
     return elements // gates.size * int(gates.sum())
 
 
 def _pairs(first: BitArray, second: BitArray) -> tuple[tuple[int, int, int], ...]:
     if first.size == 1 and second.size == 1:
-        return _single(int(first.flat[0]), int(second.flat[0]))
-    counts = np.bincount((first * _RADIX + second).ravel())
-    return tuple(
-        (int(counts[c]), int(c) // _RADIX, int(c) % _RADIX) for c in np.flatnonzero(counts)
-    )
+        return _single(first.item(), second.item())
+    codes = (first * _RADIX + second).ravel()
+    if codes.size <= _FEW:  # where numpy's calls cost more than the work
+        found = sorted(Counter(codes.tolist()).items())
+    else:
+        counts = np.bincount(codes)
+        present = np.flatnonzero(counts)
+        found = list(zip(present.tolist(), counts[present].tolist(), strict=True))
+    return tuple((count, code // _RADIX, code % _RADIX) for code, count in found)
 
 
 @lru_cache(maxsize=1024)

@@ -11,6 +11,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
+
+Steps = npt.NDArray[np.int64]
+
 FLOAT_BITS = 32
 """Bits of a tensor that no quantizer touches."""
 
@@ -170,6 +175,12 @@ class GraphFacts:
                 holders[tensor.quantizer].append(index)
         object.__setattr__(self, "readers", {n: tuple(i) for n, i in readers.items()})
         object.__setattr__(self, "holders", {n: tuple(i) for n, i in holders.items()})
+
+    @cached_property
+    def lifetimes(self) -> tuple[Steps, Steps]:
+        """For every tensor, the step that writes it and the one after the last that reads it."""
+        first = np.array([t.first for t in self.tensors], dtype=np.int64)
+        return first, np.array([t.last + 1 for t in self.tensors], dtype=np.int64)
 
     @cached_property
     def macs(self) -> int:

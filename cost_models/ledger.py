@@ -58,7 +58,10 @@ class Ledger:
         self._nodes, self._tensors = list(state.nodes), state.tensors
         self._costs = [self._per_node(i, range(len(graph.nodes)), self._nodes) for i in self._range]
         self._totals = tuple(self._total(i, self._costs[i], state) for i in self._range)
-        self.references = tuple(self._reference(i) for i in self._range)
+        bases = {base: self._uniform(base) for base in {c.bound.base for c in budget}}
+        self.references = tuple(
+            self._reference(i, bases[c.bound.base]) for i, c in enumerate(budget)
+        )
         self.limits = tuple(c.bound.limit(r) for c, r in zip(budget, self.references, strict=True))
 
     @property
@@ -161,10 +164,11 @@ class Ledger:
             return fsum(costs)
         return model.graph_cost(self.graph, state)
 
-    def _reference(self, c: int) -> float:
-        base = graph_bits(
-            self.graph, uniform_bits(self.graph, self.budget.constraints[c].bound.base)
-        )
+    def _uniform(self, bits: int) -> GraphBits:
+        """The state with every quantizer at `bits`: one gate each says that as well as many."""
+        return graph_bits(self.graph, dict.fromkeys(self.graph.quantizers, np.array([bits])))
+
+    def _reference(self, c: int, base: GraphBits) -> float:
         return self._total(c, self._per_node(c, range(len(self.graph.nodes)), base.nodes), base)
 
 

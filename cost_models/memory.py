@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
 
 from cgmq_fx.cost_models.bits import GraphBits, NodeBits
-from cgmq_fx.cost_models.facts import GraphFacts, NodeFacts, TensorFacts
+from cgmq_fx.cost_models.facts import GraphFacts, NodeFacts, Steps, TensorFacts
 from cgmq_fx.cost_models.model import CostModel, register_cost_model
 
 Sizes = npt.NDArray[np.int64]
@@ -31,11 +31,15 @@ def live_bytes(tensors: Sequence[TensorFacts], sizes: Sizes) -> Sizes:
     Returns:
         Shape (steps,).
     """
-    steps = 1 + max((t.last for t in tensors), default=0)
-    change = np.zeros(steps + 1, dtype=np.int64)
-    np.add.at(change, [t.first for t in tensors], sizes)
-    np.subtract.at(change, [t.last + 1 for t in tensors], sizes)
-    return np.cumsum(change)[:-1]
+    first = np.array([t.first for t in tensors], dtype=np.int64)
+    return _live(first, np.array([t.last + 1 for t in tensors], dtype=np.int64), sizes)
+
+
+def _live(first: Steps, end: Steps, sizes: Sizes) -> Sizes:
+    change = np.zeros(1 + int(end.max(initial=1)), dtype=np.int64)
+    np.add.at(change, first, sizes)
+    np.subtract.at(change, end, sizes)
+    return change.cumsum()[:-1]
 
 
 def alive_at_peak(graph: GraphFacts, bits: GraphBits) -> dict[str, float]:
@@ -67,7 +71,7 @@ class ActivationMemory(CostModel):
         """The peak."""
         if not graph.tensors:
             return 0.0
-        return float(live_bytes(graph.tensors, tensor_bytes(bits)).max())
+        return float(_live(*graph.lifetimes, tensor_bytes(bits)).max())
 
     def parts(self, graph: GraphFacts, bits: GraphBits) -> dict[str, float]:
         """The tensors that are alive at the worst step."""
@@ -109,45 +113,103 @@ class ArenaPlan:
 _ORDERS: tuple[Callable[[TensorFacts], tuple[int, ...]], ...] = (
     lambda t: (-t.elements, t.first),
     lambda t: (t.first, -t.elements),
-    lambda t: (-(t.last - t.first), -t.elements),
-    lambda t: (-(t.last - t.first + 1) * t.elements, t.first),
+    lambda t: (t.first - t.last, -t.elements),
+    lambda t: ((t.first - t.last - 1) * t.elements, t.first),
     lambda t: (-t.last, -t.elements),
 )
-"""Orders of placement that do not depend on bits; see `plan_arena`."""
+_TYPICAL_BITS = 8
+
+Layout: TypeAlias = tuple[tuple[int, tuple[int, ...]], ...]
+"""Tensors from bottom to top, each with those that it lies on."""
 
 
-def plan_arena(tensors: Sequence[TensorFacts], sizes: Sizes) -> ArenaPlan:
-    """Place every tensor in one arena.
+def layouts(tensors: Sequence[TensorFacts]) -> tuple[Layout, ...]:
+    """Ways to pack tensors, found for 8 bits wherever there is a quantizer.
 
-    In a fixed order, each tensor goes on top of those placed before it that are alive at the same
-    time; the best of several orders is taken. No gap below is ever filled: that would pack tighter
-    now and then, but a tensor that grows could then shrink the arena, and a bound on it could not
-    be guaranteed from the smallest bit-widths.
+    Each comes from a first fit into the lowest gap (Pisarchyk and Lee, Efficient Memory Management
+    for Deep Neural Net Inference, 2020), in one of several orders. What is kept of it is which
+    tensor lies on which, so it can be packed again for any bits.
+    """
+    sizes = [t.elements * (t.bits if t.quantizer is None else _TYPICAL_BITS) for t in tensors]
+    first, last = (np.array([getattr(t, end) for t in tensors]) for end in ("first", "last"))
+    meet = (first[:, None] <= last) & (first <= last[:, None])
+    rivals = [np.flatnonzero(row).tolist() for row in meet]
+    orders = (sorted(range(len(sizes)), key=lambda i: key(tensors[i])) for key in _ORDERS)
+    packed = dict.fromkeys(_first_fit(order, sizes, rivals) for order in orders)
+    return tuple(dict.fromkeys(_layout(tensors, bottom_up) for bottom_up in packed))
+
+
+def _first_fit(
+    order: Sequence[int], sizes: Sequence[int], rivals: Sequence[Sequence[int]]
+) -> tuple[int, ...]:
+    """Place tensors in the lowest gap that is free while they live; indices from bottom to top."""
+    offsets: dict[int, int] = {}
+    for index in order:
+        offset = 0
+        for low, high in sorted(
+            (offsets[j], offsets[j] + sizes[j]) for j in rivals[index] if j in offsets
+        ):
+            if offset + sizes[index] <= low:
+                break
+            offset = max(offset, high)
+        offsets[index] = offset
+    return tuple(sorted(offsets, key=lambda i: (offsets[i], i)))
+
+
+def _layout(tensors: Sequence[TensorFacts], bottom_up: Sequence[int]) -> Layout:
+    topmost: list[int | None] = [None] * (1 + max((t.last for t in tensors), default=0))
+    rows = []
+    for index in bottom_up:
+        span = slice(tensors[index].first, tensors[index].last + 1)
+        below = dict.fromkeys(j for j in topmost[span] if j is not None)
+        rows.append((index, tuple(below)))
+        topmost[span] = [index] * len(topmost[span])
+    return tuple(rows)
+
+
+def _ends(layout: Layout, sizes: Sequence[int]) -> list[int]:
+    """Where every tensor ends when each lies right on top of those below it."""
+    ends = [0] * len(sizes)
+    for index, below in layout:
+        ends[index] = sizes[index] + max([ends[j] for j in below], default=0)
+    return ends
+
+
+def _best(
+    choices: Sequence[Layout], tensors: Sequence[TensorFacts], sizes: Sizes
+) -> tuple[int, list[int]]:
+    """The smallest arena of several layouts, and where every tensor ends in it."""
+    peak = int(live_bytes(tensors, sizes).max()) if tensors else 0
+    best: tuple[int, list[int]] | None = None
+    for layout in choices:
+        ends = _ends(layout, sizes.tolist())
+        if best is None or max(ends, default=0) < best[0]:
+            best = max(ends, default=0), ends
+        if best[0] == peak:
+            break
+    return best or (0, [])
+
+
+def plan_arena(
+    tensors: Sequence[TensorFacts], sizes: Sizes, choices: Sequence[Layout] | None = None
+) -> ArenaPlan:
+    """Place every tensor in one arena: the best of the layouts, packed for `sizes`.
+
+    Which tensor lies on which does not depend on the sizes. A planner that decides anew for every
+    size packs tighter now and then, but a tensor that grows could then shrink the arena, and a
+    bound on it could not be guaranteed from the smallest bit-widths.
 
     Args:
         tensors: The tensors with their lifetimes.
         sizes: Bytes of each.
+        choices: What `layouts` gave for these tensors, if that is at hand.
 
     Returns:
         The plan; its size is at least the peak of what is alive.
     """
-    plans = (_stack(tensors, sizes, order) for order in _ORDERS)
-    return min(plans, key=lambda plan: plan.size)
-
-
-def _stack(
-    tensors: Sequence[TensorFacts], sizes: Sizes, order: Callable[[TensorFacts], tuple[int, ...]]
-) -> ArenaPlan:
-    steps = 1 + max((t.last for t in tensors), default=0)
-    top = np.zeros(steps, dtype=np.int64)
-    placed: dict[int, Allocation] = {}
-    for index in sorted(range(len(tensors)), key=lambda i: order(tensors[i])):
-        tensor, size = tensors[index], int(sizes[index])
-        span = slice(tensor.first, tensor.last + 1)
-        offset = int(top[span].max())
-        top[span] = offset + size
-        placed[index] = Allocation(tensor.name, offset, size, tensor.first, tensor.last)
-    return ArenaPlan(int(top.max()), tuple(placed[i] for i in range(len(tensors))))
+    size, ends = _best(layouts(tensors) if choices is None else choices, tensors, sizes)
+    rows = zip(tensors, sizes.tolist(), ends, strict=True)
+    return ArenaPlan(size, tuple(Allocation(t.name, e - n, n, t.first, t.last) for t, n, e in rows))
 
 
 @final
@@ -166,9 +228,13 @@ class Arena(CostModel):
         """Not a sum over nodes: 0."""
         return 0.0
 
+    def __init__(self) -> None:
+        self._tensors: Sequence[TensorFacts] = ()
+        self._choices: Sequence[Layout] = ()
+
     def graph_cost(self, graph: GraphFacts, bits: GraphBits) -> float:
         """The size of the best plan."""
-        return float(self.plan(graph, bits).size)
+        return float(_best(self._layouts(graph), graph.tensors, tensor_bytes(bits))[0])
 
     def parts(self, graph: GraphFacts, bits: GraphBits) -> dict[str, float]:
         """The tensors that are alive at the worst step."""
@@ -176,4 +242,10 @@ class Arena(CostModel):
 
     def plan(self, graph: GraphFacts, bits: GraphBits) -> ArenaPlan:
         """The plan itself: name, offset, size and lifetime of every tensor."""
-        return plan_arena(graph.tensors, tensor_bytes(bits))
+        return plan_arena(graph.tensors, tensor_bytes(bits), self._layouts(graph))
+
+    def _layouts(self, graph: GraphFacts) -> Sequence[Layout]:
+        """The layouts of a graph, found once: only sizes change while gates move."""
+        if self._tensors is not graph.tensors:
+            self._tensors, self._choices = graph.tensors, layouts(graph.tensors)
+        return self._choices

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import compress
 from math import isfinite
 
 import numpy as np
 
-from cgmq_fx.cost_models.bits import Assignment, BitArray, graph_bits
+from cgmq_fx.cost_models.bits import Assignment, BitArray, GraphBits, graph_bits
 from cgmq_fx.cost_models.constraint import Budget
 from cgmq_fx.cost_models.errors import CostModelError, InfeasibleBudgetError
 from cgmq_fx.cost_models.facts import CONVENTION, GraphFacts
-from cgmq_fx.cost_models.ledger import Ledger, highest_bits, lowest_bits
+from cgmq_fx.cost_models.ledger import Ledger, highest_bits, inside_scope, lowest_bits
 
 _DOMINANT = 3
 
@@ -107,8 +109,11 @@ def _check_values(ledger: Ledger, totals: tuple[float, ...], where: str) -> None
 
 def dominating(ledger: Ledger, index: int, most: int = _DOMINANT) -> str:
     """What a constraint's cost is mostly made of, as text: "conv1 (75%), fc (12%)"."""
-    model = ledger.budget.constraints[index].model
-    parts = model.parts(ledger.graph, graph_bits(ledger.graph, ledger.assignment))
+    constraint, bits = ledger.budget.constraints[index], graph_bits(ledger.graph, ledger.assignment)
+    inside = inside_scope(ledger.graph, constraint)
+    graph = replace(ledger.graph, nodes=tuple(compress(ledger.graph.nodes, inside)))
+    bits = GraphBits(list(compress(bits.nodes, inside)), bits.tensors)
+    parts = constraint.model.parts(graph, bits)
     total = sum(parts.values()) or 1.0
     largest = sorted(parts.items(), key=lambda part: -part[1])[:most]
     return ", ".join(f"{name} ({cost / total:.0%})" for name, cost in largest)

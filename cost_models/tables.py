@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import fsum
 from typing import final
 
 from cgmq_fx.cost_models.bits import NodeBits
@@ -42,14 +43,16 @@ class TableModel(CostModel):
     def _products(
         self, node: NodeFacts, bits: NodeBits, price: Callable[[Row], float | None]
     ) -> float:
-        def of_pair(weight: int, activation: int) -> float:
+        counts: dict[float, int] = {}
+        for count, weight, activation in bits.pairs:
             key = (node.op, node.groups == 1, weight, activation)
             if key not in self._prices:
                 found = self.target.price(node, weight, activation, price)
                 self._prices[key] = 0.0 if found is None else found[0]
-            return self._prices[key]
-
-        return node.macs * bits.mean(of_pair)
+            counts[self._prices[key]] = counts.get(self._prices[key], 0) + count
+        if len(counts) < 2:  # not a mean of equals: rounded, it could exceed that of wider pairs
+            return node.macs * next(iter(counts), 0.0)
+        return node.macs * fsum(p * n for p, n in counts.items()) / sum(counts.values())
 
     def _bytes(self, node: NodeFacts, bits: NodeBits) -> float:
         moved = bits.stored_bits / 8

@@ -1,27 +1,30 @@
 """Targets: what a chip can run and what that costs, as data in a JSON file.
 
 A table gives cycles and picojoules per multiply-accumulate for pairs of bit-widths. A pair that the
-chip cannot run is rounded up to the cheapest pair that holds both widths. Every number in a shipped
-file has its source beside it.
+chip cannot run is rounded up to the cheapest pair that holds both widths, or split where none does.
+Every number in a shipped file has its source beside it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from importlib import resources
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from cgmq_fx.cost_models.errors import TargetError
-from cgmq_fx.cost_models.facts import NodeFacts
+from cgmq_fx.cost_models.facts import FLOAT_BITS, NodeFacts
 
 _MAX_FILE = 1 << 20
-_MAX_ROWS = 4096
+_MAX_ROWS = FLOAT_BITS**2
+_FIGURES = frozenset({"clock_hz", "bytes_per_cycle", "picojoules_per_byte"})
+_KEYS = frozenset({"name", "description", "source", "tables", "memories"}) | _FIGURES
+_ROW_KEYS = frozenset({"weight", "activation", "cycles", "pJ"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +94,8 @@ class Target:
 
         Returns:
             The least figure of all rows that hold both widths, and that row; None if a width is 0,
-            since nothing is left to do then. A width beyond the widest that the target knows is
-            split into several products of the widest.
+            since nothing is left to do then. A pair that no row holds is split into several
+            products of the widest, and costs no less than any narrower pair that a row does hold.
 
         Raises:
             TargetError: If no row for this kind of node has the figure.
@@ -104,21 +107,33 @@ class Target:
             raise TargetError(
                 f"the target {self.name} has no such figure for {node.op} ({node.name})"
             )
-        wide = max(r.weight for _, r in rows)
-        deep = max(r.activation for _, r in rows if r.weight == wide)
-        parts = -(-weight // wide) * -(-activation // deep)
-        fitting = [
-            (figure * parts, row.weight * row.activation, row)
-            for figure, row in rows
-            if row.weight >= min(weight, wide) and row.activation >= min(activation, deep)
-        ]
-        figure, _, row = min(fitting, key=lambda entry: entry[:2])
-        return figure, row
+        splits = []
+        for wide, deep in _widest(rows):
+            parts = -(-weight // wide) * -(-activation // deep)
+            figure, row = _cheapest(rows, min(weight, wide), min(activation, deep))
+            splits.append((parts > 1, figure * parts, figure, row))
+        _, total, _, row = min(splits, key=lambda split: split[:2])
+        return max(total, *(figure for _, _, figure, _ in splits)), row
 
     @property
     def widest(self) -> int:
         """The widest operands that every kind of op can have without being split."""
         return min(max(min(r.weight, r.activation) for r in rows) for rows in self.tables.values())
+
+
+def _widest(rows: Sequence[tuple[float, Row]]) -> list[tuple[int, int]]:
+    """The pairs of widths that fit into no other pair: one, unless a table is not rectangular."""
+    front: list[tuple[int, int]] = []
+    for pair in sorted({(r.weight, r.activation) for _, r in rows}, reverse=True):
+        if not front or pair[1] > front[-1][1]:
+            front.append(pair)
+    return front
+
+
+def _cheapest(rows: Sequence[tuple[float, Row]], weight: int, activation: int) -> tuple[float, Row]:
+    """The least figure of the rows that hold both widths, and its row, the narrowest of several."""
+    fitting = [(f, r) for f, r in rows if r.weight >= weight and r.activation >= activation]
+    return min(fitting, key=lambda entry: (entry[0], entry[1].weight * entry[1].activation))
 
 
 def target_names() -> list[str]:
@@ -139,15 +154,20 @@ def load_target(target: str | Path | Target) -> Target:
         return target
     if str(target) in target_names():
         return _shipped(str(target))
-    path = Path(target)
-    if not path.is_file():
+    try:
+        path = Path(target)
+        size = path.stat().st_size if path.is_file() else None
+        text = path.read_bytes() if size is not None and size <= _MAX_FILE else b""
+    except (OSError, TypeError, ValueError) as error:
+        raise TargetError(f"cannot read the target {str(target)[:200]!r}: {error}") from error
+    if size is None:
         raise TargetError(
             f"there is no target {str(target)!r}; shipped are {', '.join(target_names())}, or give "
             "the path of a JSON file"
         )
-    if path.stat().st_size > _MAX_FILE:
+    if size > _MAX_FILE:
         raise TargetError(f"{path} is larger than {_MAX_FILE} bytes; that is no target")
-    return parse_target(path.read_bytes(), str(path))
+    return parse_target(text, str(path))
 
 
 @lru_cache(maxsize=32)
@@ -164,24 +184,21 @@ def parse_target(text: bytes, where: str) -> Target:
     """
     try:
         data = json.loads(text)
-        tables = {str(p): _rows(rows) for p, rows in data["tables"].items()}
-        target = Target(
-            name=str(data["name"]),
-            description=str(data["description"]),
-            source=str(data["source"]),
-            tables=tables,
+        _known(data, _KEYS)
+        return Target(
+            name=_text(data, "name"),
+            description=_text(data, "description"),
+            source=_text(data, "source"),
+            tables=_tables(data["tables"]),
             clock=_positive(data, "clock_hz"),
             bytes_per_cycle=_positive(data, "bytes_per_cycle"),
             picojoules_per_byte=_positive(data, "picojoules_per_byte"),
-            memories={str(k): int(v) for k, v in data.get("memories", {}).items()},
+            memories=_memories(data.get("memories", {})),
         )
-    except TargetError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise TargetError(f"{where} is no target file: {type(error).__name__}: {error}") from error
-    if not tables:
-        raise TargetError(f"{where} has no tables")
-    return target
+    except KeyError as error:
+        raise TargetError(f"{where} is no target file: it has no {error}") from error
+    except (TargetError, TypeError, ValueError, RecursionError) as error:
+        raise TargetError(f"{where} is no target file: {error}") from error
 
 
 def target_to_json(target: Target) -> dict[str, Any]:
@@ -209,23 +226,66 @@ def target_to_json(target: Target) -> dict[str, Any]:
     }
 
 
+def _known(data: Any, keys: frozenset[str]) -> None:
+    """Refuse what would be ignored: a misspelt key is a figure that silently counts nothing."""
+    if not isinstance(data, dict):
+        raise TargetError(f"expected an object, not {_shown(data)}")
+    if unknown := sorted(data.keys() - keys):
+        raise TargetError(f"it has an unknown key {_shown(unknown[0])}; known are {sorted(keys)}")
+
+
+def _memories(data: Any) -> dict[str, int]:
+    if not isinstance(data, dict):
+        raise TargetError(f"`memories` must map names to bytes, not {_shown(data)}")
+    return {name: _whole(data, name) for name in data}
+
+
+def _tables(data: Any) -> dict[str, tuple[Row, ...]]:
+    if not isinstance(data, dict) or not data:
+        raise TargetError("`tables` must map at least one op pattern, such as '*', to its rows")
+    return {pattern: _rows(rows) for pattern, rows in data.items()}
+
+
 def _rows(data: Any) -> tuple[Row, ...]:
     if not isinstance(data, list) or not 0 < len(data) <= _MAX_ROWS:
         raise TargetError(f"a table is a list of 1 to {_MAX_ROWS} rows")
-    rows = []
-    for entry in data:
-        weight, activation = int(entry["weight"]), int(entry["activation"])
-        if not (0 < weight <= 32 and 0 < activation <= 32):
-            raise TargetError(f"bit-widths are 1 to 32, not {weight} and {activation}")
-        rows.append(Row(weight, activation, _positive(entry, "cycles"), _positive(entry, "pJ")))
-    return tuple(rows)
+    return tuple(map(_row, data))
+
+
+def _row(data: Any) -> Row:
+    _known(data, _ROW_KEYS)
+    weight, activation = _whole(data, "weight"), _whole(data, "activation")
+    if max(weight, activation) > FLOAT_BITS:
+        raise TargetError(f"bit-widths are 1 to {FLOAT_BITS}, not {weight} and {activation}")
+    row = Row(weight, activation, _positive(data, "cycles"), _positive(data, "pJ"))
+    if row.cycles is None and row.picojoules is None:
+        raise TargetError(f"the row of {weight} x {activation} bits has neither cycles nor pJ")
+    return row
+
+
+def _text(data: Mapping[str, Any], key: str) -> str:
+    value = data[key]
+    if not isinstance(value, str) or not value.strip():
+        raise TargetError(f"{key} must be a text that is not empty, not {_shown(value)}")
+    return value
+
+
+def _whole(data: Mapping[str, Any], key: str) -> int:
+    value = data[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise TargetError(f"{key} must be a positive whole number, not {_shown(value)}")
+    return value
 
 
 def _positive(data: Mapping[str, Any], key: str) -> float | None:
     value = data.get(key)
     if value is None:
         return None
-    number = float(value)
-    if not isfinite(number) or number <= 0:
-        raise TargetError(f"{key} must be a positive, finite number, not {value!r}")
-    return number
+    valid = isinstance(value, int | float) and not isinstance(value, bool)
+    if not valid or not 0 < value <= sys.float_info.max:
+        raise TargetError(f"{key} must be a positive, finite number, not {_shown(value)}")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80]

@@ -145,7 +145,7 @@ def annotate(module: GraphModule, batch: int) -> GraphFacts:
         if compute_op(node) is not None or node in stored:
             node.meta[FACTS] = _facts(module, node, stored.get(node, []), live, batch)
             nodes.append(node.meta[FACTS])
-        elif not is_known(node):
+        if not is_known(node):
             unknown.append(f"{node.name} ({node.target}{', ' if place(node) else ''}{place(node)})")
     quantizers = {q.name: q for q in _quantizer_facts(module, live, batch)}
     tensors = liveness(module, live, batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -25,8 +26,17 @@ def _bias(module: GraphModule, node: Node, op: ComputeOp) -> Node | None:
     return bias if tensor is not None and tensor.dim() == 1 else None
 
 
-def _quantize(module: GraphModule, node: Node, op: ComputeOp, bias: Node) -> bool:
-    """Put a `BiasQuantizer` between the bias and `node`, if both factors are on grids."""
+Key: TypeAlias = tuple[Node, str, str]
+"""A bias and the quantizers of input and weight: what decides the grid of the bias."""
+
+
+def _quantize(
+    module: GraphModule, node: Node, op: ComputeOp, bias: Node, made: dict[Key, Node]
+) -> bool:
+    """Put a `BiasQuantizer` between the bias and `node`, if both factors are on grids.
+
+    Nodes that add the same bias on the same grid (the steps of a recurrence) read one of `made`.
+    """
     found = [quantizer_of(module, factor) for factor in operands(node, op)]
     if found[0] is None or found[1] is None:
         return False
@@ -34,19 +44,27 @@ def _quantize(module: GraphModule, node: Node, op: ComputeOp, bias: Node) -> boo
     channels = (shape_of(bias) or (0,))[0]
     if first.log_range.numel() != 1 or second.log_range.numel() not in (1, channels):
         return False
-    name = node.name
-    container = module.get_submodule(BIASES)
-    container.add_module(name, BiasQuantizer(first.signed, second.signed))
-    with module.graph.inserting_before(node):
-        steps = [
-            module.graph.get_attr(f"{QUANTIZERS}.{q}.{tensor}")
-            for q in (input_name, weight_name)
-            for tensor in ("log_range", "bits")
-        ]
-        call = module.graph.call_module(f"{BIASES}.{name}", (bias, *steps))
-    call.meta = {"val": bias.meta["val"]} if "val" in bias.meta else {}
-    set_argument(node, op.bias or "", call)
+    key = (bias, input_name, weight_name)
+    if key not in made:
+        container = module.get_submodule(BIASES)
+        container.add_module(node.name, BiasQuantizer(first.signed, second.signed))
+        with module.graph.inserting_before(node):
+            made[key] = _call(module, node, key)
+    set_argument(node, op.bias or "", made[key])
     return True
+
+
+def _call(module: GraphModule, node: Node, key: Key) -> Node:
+    """The node that calls the bias quantizer named after `node`."""
+    bias, *quantizers = key
+    steps = [
+        module.graph.get_attr(f"{QUANTIZERS}.{name}.{tensor}")
+        for name in quantizers
+        for tensor in ("log_range", "bits")
+    ]
+    call = module.graph.call_module(f"{BIASES}.{node.name}", (bias, *steps))
+    call.meta = {"val": bias.meta["val"]} if "val" in bias.meta else {}
+    return call
 
 
 def align_signs(module: GraphModule) -> None:
@@ -73,9 +91,10 @@ class QuantizeBiases(Pass):
         """Insert all bias quantizers."""
         module.add_module(BIASES, nn.Module())
         modified = False
+        made: dict[Key, Node] = {}
         for node in list(module.graph.nodes):
             op = compute_op(node)
             bias = _bias(module, node, op) if op else None
             if op is not None and bias is not None:
-                modified |= _quantize(module, node, op, bias)
+                modified |= _quantize(module, node, op, bias, made)
         return PassResult(module, modified)

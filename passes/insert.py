@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
+import networkx as nx
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -66,6 +67,27 @@ def _wanted(module: GraphModule, live: set[Node]) -> dict[Node, list[_Place]]:
     return {n: places for n, places in wanted.items() if n not in on_grid}
 
 
+def _shared(module: GraphModule, wanted: Mapping[Node, list[_Place]]) -> list[list[Node]]:
+    """The tensors to be quantized, in groups that share a quantizer.
+
+    A weight that several nodes of one kind read is one layer applied several times (the steps of a
+    recurrence, a shared trunk), so what it is applied to is one tensor at several times.
+    """
+    same = nx.Graph()
+    same.add_nodes_from(wanted)
+    first: dict[tuple[Node, object], Node] = {}
+    for node in module.graph.nodes:
+        op = compute_op(node)
+        root, weight = map(view_root, operands(node, op)) if op else (node, node)
+        if root not in wanted or weight not in wanted or root.op == "placeholder":
+            continue
+        if wanted[weight][0].role is Role.WEIGHT:
+            same.add_edge(root, first.setdefault((weight, node.target), root))
+    order = {node: i for i, node in enumerate(wanted)}
+    groups = [sorted(group, key=order.__getitem__) for group in nx.connected_components(same)]
+    return sorted(groups, key=lambda group: order[group[0]])
+
+
 def _links(module: GraphModule, live: set[Node]) -> Iterator[_Place]:
     """Operands of element-wise sums and products, and of pools, in integers, not yet on a grid.
 
@@ -119,16 +141,19 @@ def _name(module: GraphModule, node: Node) -> str:
     return name
 
 
-def _insert(module: GraphModule, node: Node, spec: QuantizerSpec) -> None:
-    """Put a quantizer behind `node`; all that read its values read the quantizer instead."""
-    value = node.meta["val"]
+def _make(module: GraphModule, node: Node, spec: QuantizerSpec) -> str:
+    """Add a quantizer for the tensor of `node` to the module; its path."""
     name = _name(module, node)
-    quantizer = Quantizer(spec, value.device)
     container = module.get_submodule(QUANTIZERS)
-    container.add_module(name, quantizer)
+    container.add_module(name, Quantizer(spec, node.meta["val"].device))
+    return f"{QUANTIZERS}.{name}"
+
+
+def _insert(module: GraphModule, node: Node, path: str) -> None:
+    """Call a quantizer behind `node`; all that read its values read the quantizer instead."""
     written = last_write(node)
     with module.graph.inserting_before(_first_reader(node, written)):
-        call = module.graph.call_module(f"{QUANTIZERS}.{name}", (node,))
+        call = module.graph.call_module(path, (node,))
     call.meta = {
         k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")
     }
@@ -179,12 +204,19 @@ class InsertQuantizers(Pass):
             )
         module.add_module(QUANTIZERS, nn.Module())
         live = reachable_from_inputs(module.graph)
-        for node, places in _wanted(module, live).items():
-            _insert(module, node, _spec(self.scheme, places, self.batched))
+        wanted = _wanted(module, live)
+        for group in _shared(module, wanted):
+            specs = [_spec(self.scheme, wanted[node], self.batched) for node in group]
+            spec = replace(specs[0], signed=any(spec.signed for spec in specs))
+            for node, own in zip(group, specs, strict=True):
+                if node is group[0] or own.gate_shape != spec.gate_shape:
+                    path = _make(module, node, spec if node is group[0] else own)
+                _insert(module, node, path)
         live = reachable_from_inputs(module.graph)
         for link in list(_links(module, live)):
             if quantizer_of(module, link.node) is None and not _is_quantized(module, link.node):
-                _insert(module, link.node, _spec(self.scheme, [link], self.batched))
+                spec = _spec(self.scheme, [link], self.batched)
+                _insert(module, link.node, _make(module, link.node, spec))
         return PassResult(module, modified=True)
 
     def check(self, module: GraphModule) -> None:

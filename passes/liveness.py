@@ -2,9 +2,10 @@
 
 Steps are the ops that write a tensor of their own, in the order of the graph. Views are not tensors
 of their own; neither are element-wise ops on a tensor that nobody else reads (runtimes fuse them or
-work in place), nor quantizers. A tensor has the bits of its quantizer; one that only reaches
-quantizers through ops that keep a grid (max-pool before the quantizer, say) has theirs, because a
-runtime quantizes before such ops.
+work in place), nor quantizers. Asking for a size is not reading.
+
+A tensor has the bits of its quantizer; one that only reaches quantizers through ops that keep a
+grid (max-pool before the quantizer, say) has theirs, because a runtime quantizes before such ops.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from math import prod
 
 import networkx as nx
+from torch import SymInt
 from torch.fx import GraphModule, Node
 
 from cgmq_fx.cost_models.facts import FLOAT_BITS, TensorFacts
@@ -43,7 +45,7 @@ def liveness(module: GraphModule, live: set[Node], batch: int) -> tuple[TensorFa
     return tuple(
         TensorFacts(
             name=root.name,
-            elements=prod(shape_of(root) or ()) // batch,
+            elements=-(-_size(root) // batch),
             first=0 if root.op == "placeholder" else steps[root],
             last=min(_last_use(nodes, storage, steps), len(steps) - 1),
             quantizer=widths.get(root),
@@ -60,17 +62,35 @@ def _storages(module: GraphModule, live: set[Node]) -> dict[Node, Node]:
         if node not in live or shape_of(node) is None or node.op == "output":
             continue
         source = node.args[0] if node.args else None
-        shared = isinstance(source, Node) and source in storage and _shares(module, node, source)
+        shared = (
+            isinstance(source, Node)
+            and source in storage
+            and _shares(module, node, source, storage)
+        )
         storage[node] = storage[source] if shared and isinstance(source, Node) else node
     return storage
 
 
-def _shares(module: GraphModule, node: Node, source: Node) -> bool:
+def _shares(module: GraphModule, node: Node, source: Node, storage: dict[Node, Node]) -> bool:
     if is_view(node):
         return shape_of(node) is None or _size(node) == _size(source)
     if node.op == "call_module":
         return isinstance(module.get_submodule(str(node.target)), Quantizer)
-    return node.target in IN_PLACE and len(source.users) == 1 and _size(node) == _size(source)
+    return node.target in IN_PLACE and _size(node) == _size(source) and _unread(source, storage)
+
+
+def _unread(node: Node, storage: dict[Node, Node]) -> bool:
+    """Whether the memory that holds `node` has no other reader than the one of `node`."""
+    while len(_data_users(node)) == 1:
+        if storage[node] is node:
+            return True
+        node = node.args[0]  # type: ignore[assignment]  # what is shared is the first argument
+    return False
+
+
+def _data_users(node: Node) -> list[Node]:
+    """The nodes that read the values of `node`, not only its size."""
+    return [u for u in node.users if not isinstance(value_of(u), int | SymInt)]
 
 
 def _size(node: Node) -> int:
@@ -86,7 +106,7 @@ def _last_use(nodes: list[Node], storage: dict[Node, Node], steps: dict[Node, in
     """The last step that reads any view of a tensor; outputs are kept to the end."""
     last = steps[storage[nodes[0]]]
     for node in nodes:
-        for user in node.users:
+        for user in _data_users(node):
             if user.op == "output":
                 return _LAST
             for reached in _readers(user, storage):
@@ -119,7 +139,7 @@ def _quantizers(module: GraphModule, members: dict[Node, list[Node]]) -> dict[No
     for root in reversed(list(nx.topological_sort(flow))):
         if root in found:
             continue
-        readers = [u for n in members[root] for u in n.users if root_of.get(u) is not root]
+        readers = [u for n in members[root] for u in _data_users(n) if root_of.get(u) is not root]
         names = {_passed_on(u, root_of, found) for u in readers}
         if len(names) == 1 and (name := names.pop()) is not None:
             found[root] = name

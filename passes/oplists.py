@@ -32,7 +32,8 @@ GRID_PRESERVING = VIEWS | _overloads(
     max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
     slice select narrow index_select gather relu amax pixel_shuffle pixel_unshuffle
     channel_shuffle upsample_nearest1d upsample_nearest2d upsample_nearest3d repeat
-    repeat_interleave roll flip chunk split split_with_sizes unbind unfold tile
+    repeat_interleave roll flip chunk unsafe_chunk split unsafe_split
+    split_with_sizes unbind unfold tile
     """
 )
 """Ops whose output values are values of their first argument (or 0): what is on a grid stays."""

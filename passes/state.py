@@ -6,11 +6,10 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from cgmq_fx.passes.aliases import last_write, memory_path, writes
+from cgmq_fx.passes.aliases import last_write
 from cgmq_fx.passes.optable import argument, is_view, preserves_grid
 from cgmq_fx.passes.quantizer import Quantizer
 
@@ -67,20 +66,12 @@ def is_float(node: Node) -> bool:
 
 
 def reachable_from_inputs(graph: Graph) -> set[Node]:
-    """The nodes whose value depends on the model's input (through data, not through sizes)."""
+    """The nodes whose value or size depends on the model's input."""
     found: set[Node] = set()
     for node in graph.nodes:
-        carries = value_of(node) is None or _carries_data(node)
-        inherits = carries and any(parent in found for parent in node.all_input_nodes)
-        if node.op == "placeholder" or inherits:
+        if node.op == "placeholder" or any(parent in found for parent in node.all_input_nodes):
             found.add(node)
-        if inherits and writes(node):
-            found.update(memory_path(node))
     return found
-
-
-def _carries_data(node: Node) -> bool:
-    return any(isinstance(v, Tensor) for v in torch.utils._pytree.tree_leaves(value_of(node)))
 
 
 def view_root(node: Node) -> Node:

@@ -1,10 +1,9 @@
 """Hand-built graph facts, and facts of small modules, for tests of cost models."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from math import prod
 
 import numpy as np
-import pytest
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -22,7 +21,6 @@ from cgmq_fx.cost_models import (
     QuantizerFacts,
     Role,
     Stored,
-    model,
 )
 from cgmq_fx.passes.annotate import annotate
 from cgmq_fx.passes.bias import QuantizeBiases
@@ -69,10 +67,13 @@ def linear(
     return NodeFacts(name, "aten.linear.default", prod(shape), operands, stored=stored)
 
 
-def graph(*nodes: NodeFacts, **gates: int) -> GraphFacts:
+def graph(
+    *nodes: NodeFacts, gates: Mapping[str, int] | None = None, widths: tuple[int, ...] = WIDTHS
+) -> GraphFacts:
     """A graph of `nodes`; `gates` tells how many gates a quantizer has where it is not one."""
     names = dict.fromkeys(name for node in nodes for name in node.quantizers)
-    return GraphFacts(nodes, {name: quantizer(name, gates.get(name, 1)) for name in names})
+    sizes = dict.fromkeys(names, 1) | dict(gates or {})
+    return GraphFacts(nodes, {name: quantizer(name, sizes[name], widths) for name in names})
 
 
 def two_layers(widths: tuple[int, ...] = WIDTHS) -> GraphFacts:
@@ -96,11 +97,3 @@ def quantized(module: nn.Module, inputs: Tensor, scheme: Scheme) -> tuple[GraphM
 def cost(model: CostModel, facts: GraphFacts, assignment: Assignment) -> float:
     """The cost of a graph, from scratch."""
     return Ledger(facts, Budget((Constraint(model, Bound(1.0)),)), assignment).totals[0]
-
-
-@pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Cost models registered in a test are forgotten after it."""
-    with monkeypatch.context() as patch:
-        patch.setattr(model, "_REGISTRY", dict(model._REGISTRY))
-        yield

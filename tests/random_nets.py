@@ -213,8 +213,8 @@ class Recount(Interpreter):
         self.costs["bops"] += macs * float((w * a).mean())
         self.costs["macs"] += macs * float(((w > 0) & (a > 0)).double().mean())
         self.costs["weights"] += float(w.sum()) / 8
-        if len(n.all_input_nodes) > 2:
-            self.costs["weights"] += 4 * value.shape[1 if "conv" in n.name else -1]
+        if len(n.all_input_nodes) > 2:  # the bias, 4 bytes a channel
+            self.costs["weights"] += 4 * shape[0]
 
 
 def recount(module: GraphModule, inputs: Tensor) -> dict[str, float]:

@@ -108,7 +108,7 @@ CASES = {
 
 @pytest.mark.parametrize(("node", "assignment", "expected"), CASES.values(), ids=CASES)
 def test_cost_by_hand(node: NodeFacts, assignment: dict[str, BitArray], expected: Cost) -> None:
-    facts = graph(node, **{name: b.size for name, b in assignment.items()})
+    facts = graph(node, gates={name: b.size for name, b in assignment.items()})
     found = [cost(m, facts, assignment) for m in (BOPs(), MACs(), WeightMemory())]
     assert found == list(expected)
 
@@ -132,7 +132,7 @@ def test_mixed_bits_are_the_mean_over_a_loop_over_all_elements() -> None:
     rng = np.random.default_rng(0)
     weight, inputs = rng.choice([0, 2, 4, 8], (5, 7)), rng.choice([0, 2, 16], 7)
     node = linear("fc", "w", "x", shape=(5, 7), meets=((5, 7, 1), (1, 7, 1)))
-    facts = graph(node, w=35, x=7)
+    facts = graph(node, gates={"w": 35, "x": 7})
     loop = [(int(weight[o, i]), int(inputs[i])) for o in range(5) for i in range(7)]
     assignment = {"w": weight.ravel(), "x": inputs}
     assert cost(BOPs(), facts, assignment) == pytest.approx(sum(w * a for w, a in loop), rel=1e-12)

@@ -134,7 +134,7 @@ def test_wheel_holds_the_modules_and_nothing_else(wheel: Path) -> None:
     } | {
         f"cgmq_fx/{file.relative_to(ROOT)}"
         for layer in ("passes", "cost_models")
-        for file in (ROOT / layer).glob("*.py")
+        for file in [*(ROOT / layer).glob("*.py"), *(ROOT / layer).glob("targets/*.json")]
     }
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -150,6 +150,16 @@ def test_wheel_imports_from_another_directory(module: str, installed: Path, tmp_
     code = f"import {module}; print({module}.__file__)"
     printed = run(sys.executable, "-c", code, cwd=tmp_path, python_path=str(installed))
     assert Path(printed.strip()) == installed.joinpath(*module.split("."), "__init__.py")
+
+
+def test_wheel_brings_its_targets(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "from cgmq_fx.cost_models import load_target, target_names; "
+        "print(*(load_target(name).name for name in target_names()))"
+    )
+    printed = run(sys.executable, "-c", code, cwd=tmp_path, python_path=str(installed))
+    shipped = (ROOT / "cost_models" / "targets").glob("*.json")
+    assert printed.split() == sorted(file.stem for file in shipped)
 
 
 @pytest.mark.parametrize("name", ["passes", "cost_models", "benchmarks", "tests"])

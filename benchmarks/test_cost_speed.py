@@ -1,0 +1,126 @@
+"""How long a ledger takes on a graph of 1,000 compute nodes.
+
+    python -m pytest benchmarks/test_cost_speed.py
+
+Goals: under 50 microseconds after one gate moved, under 5 ms for a full evaluation. The planner of
+`arena` places every tensor anew and is measured apart, without a goal.
+"""
+
+from itertools import cycle
+
+import numpy as np
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from cgmq_fx.cost_models import (
+    BitArray,
+    GraphFacts,
+    Ledger,
+    NodeFacts,
+    Operand,
+    QuantizerFacts,
+    Role,
+    Stored,
+    TensorFacts,
+    parse_budget,
+    uniform_bits,
+)
+
+NODES = 1000
+CHANNELS = 32
+WIDTHS = (2, 4, 8, 16, 32)
+BOUNDS = {
+    "bops": "bops <= 5%",
+    "weights": "weights <= 20%",
+    "activations": "activations <= 30%",
+    "together": "bops <= 5%, weights <= 20%, activations <= 30%",
+}
+MOVE_GOAL = 50e-6
+FULL_GOAL = 5e-3
+
+
+def chain(gates: int) -> GraphFacts:
+    """A chain of 1,000 convolutions; every fourth output is read again four steps later."""
+    names = [f"{kind}{i}" for i in range(NODES) for kind in ("w", "x")]
+    roles = {"w": Role.WEIGHT, "x": Role.ACTIVATION}
+    owned = {"w": gates, "x": 1}
+    quantizers = {
+        n: QuantizerFacts(n, roles[n[0]], owned[n[0]], WIDTHS, elements=9 * CHANNELS**2)
+        for n in names
+    }
+    nodes = tuple(
+        NodeFacts(
+            name=f"conv{i}",
+            op="aten.conv2d.default",
+            macs=9 * CHANNELS**2 * (100 + i),
+            operands=(
+                Operand(Role.WEIGHT, 9 * CHANNELS**2, f"w{i}", (1, gates, 1, 1)),
+                Operand(Role.ACTIVATION, CHANNELS * (100 + i), f"x{i}", (1, 1, 1, 1)),
+            ),
+            stored=(
+                Stored(f"conv{i}.weight", 9 * CHANNELS**2, f"w{i}"),
+                Stored(f"conv{i}.bias", CHANNELS),
+            ),
+        )
+        for i in range(NODES)
+    )
+    tensors = tuple(
+        TensorFacts(f"t{i}", CHANNELS * (100 + i), i, i + (1 if i % 4 else 4), f"x{i}")
+        for i in range(NODES)
+    )
+    return GraphFacts(nodes, quantizers, tensors=tensors)
+
+
+@pytest.fixture(scope="module", params=[1, CHANNELS], ids=["tensor", "channel"])
+def facts(request: pytest.FixtureRequest) -> GraphFacts:
+    return chain(request.param)
+
+
+def ledger_of(facts: GraphFacts, budget: str) -> Ledger:
+    return Ledger(facts, parse_budget(budget), uniform_bits(facts, 8))
+
+
+def raised(facts: GraphFacts, name: str) -> tuple[BitArray, BitArray]:
+    """A quantizer's bits with one gate at 16 bits, and with that gate back at 8."""
+    before = np.full(facts.quantizers[name].gates, 8)
+    after = before.copy()
+    after[0] = 16
+    return after, before
+
+
+@pytest.mark.parametrize("name", ["w500", "x500"])
+@pytest.mark.parametrize("budget", BOUNDS)
+def test_move(benchmark: BenchmarkFixture, facts: GraphFacts, budget: str, name: str) -> None:
+    ledger = ledger_of(facts, BOUNDS[budget])
+    states = cycle(raised(facts, name))
+    benchmark(lambda: ledger.move(name, next(states)))
+    within(benchmark, MOVE_GOAL)
+
+
+@pytest.mark.parametrize("name", ["w500", "x500"])
+@pytest.mark.parametrize("budget", BOUNDS)
+def test_trial(benchmark: BenchmarkFixture, facts: GraphFacts, budget: str, name: str) -> None:
+    ledger = ledger_of(facts, BOUNDS[budget])
+    bits, _ = raised(facts, name)
+    totals = benchmark(lambda: ledger.trial(name, bits))
+    assert totals[0] >= ledger.totals[0]
+    within(benchmark, MOVE_GOAL)
+
+
+@pytest.mark.parametrize("budget", BOUNDS)
+def test_full_evaluation(benchmark: BenchmarkFixture, facts: GraphFacts, budget: str) -> None:
+    parsed, bits = parse_budget(BOUNDS[budget]), uniform_bits(facts, 8)
+    benchmark(lambda: Ledger(facts, parsed, bits))
+    within(benchmark, FULL_GOAL)
+
+
+def test_arena_trial(benchmark: BenchmarkFixture, facts: GraphFacts) -> None:
+    ledger = ledger_of(facts, "arena <= 30%")
+    bits, _ = raised(facts, "x500")
+    assert benchmark(lambda: ledger.trial("x500", bits))[0] > 0
+
+
+def within(benchmark: BenchmarkFixture, goal: float) -> None:
+    """The median meets the goal; nothing is measured under `--benchmark-disable`."""
+    if benchmark.stats is not None:
+        assert benchmark.stats.stats.median < goal

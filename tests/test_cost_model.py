@@ -1,0 +1,209 @@
+"""Users' cost models: registered, checked, and bounded."""
+
+from dataclasses import replace
+from math import inf, nan
+from typing import Any
+
+import pytest
+
+from cgmq_fx.cost_models import (
+    Budget,
+    CostModel,
+    NodeBits,
+    NodeFacts,
+    check_cost_models,
+    check_feasible,
+    model,
+    parse_budget,
+    register_cost_model,
+    relevance,
+)
+from cgmq_fx.cost_models.errors import BudgetError, CostModelError, InfeasibleBudgetError
+from tests.cost_helpers import graph, linear, two_layers
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cost models registered in a test are forgotten after it."""
+    monkeypatch.setattr(model, "_REGISTRY", dict(model._REGISTRY))
+
+
+class Wires(CostModel):
+    name = "wires"
+    unit = "wire"
+
+    def node_cost(self, node: NodeFacts, bits: NodeBits) -> float:
+        return node.output_elements + bits.weight
+
+
+def test_a_users_model_is_used_by_name() -> None:
+    assert register_cost_model(Wires) is Wires
+    (constraint,) = parse_budget("wires <= 2 kwires")
+    assert isinstance(constraint.model, Wires)
+    assert (constraint.bound.value, str(constraint)) == (2000, "wires <= 2000 wire")
+
+
+def test_registering_the_same_class_again_is_harmless() -> None:
+    register_cost_model(register_cost_model(Wires))
+    assert len(parse_budget("wires <= 1")) == 1
+
+
+def test_an_unregistered_model_is_bounded_as_an_object() -> None:
+    assert str(parse_budget(Wires() <= "2 kwire")) == "wires <= 2000 wire"
+    with pytest.raises(BudgetError, match="no cost model named 'wires'"):
+        parse_budget("wires <= 1")
+
+
+def named(**attributes: Any) -> type[CostModel]:
+    return type("Odd", (CostModel,), {"node_cost": lambda *_: 0.0, **attributes})
+
+
+REFUSED = [
+    (
+        {"name": "bops", "unit": "bop"},
+        r"'bops' is registered already \(BOPs\); give the new one an",
+    ),
+    ({"unit": "bop"}, "Odd needs a `name` that is an identifier, such as 'wires'; it has ''"),
+    ({"name": "two words", "unit": "bop"}, "needs a `name` .* it has 'two words'"),
+    ({"name": 5, "unit": "bop"}, "needs a `name` .* it has 5"),
+    ({"name": "odd"}, "Odd needs a `unit`, a string such as 'byte'"),
+    ({"name": "odd", "unit": 3}, "needs a `unit`"),
+]
+
+
+@pytest.mark.parametrize(("attributes", "message"), REFUSED)
+def test_a_registration_is_refused(attributes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CostModelError, match=message):
+        register_cost_model(named(**attributes))
+
+
+class Scaled(Wires):
+    name = "scaled"
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+
+class Unwritten(CostModel):
+    name = "unwritten"
+    unit = "wire"
+
+
+@pytest.mark.parametrize(
+    ("model", "message"), [(Scaled, "missing 1 required .*'factor'"), (Unwritten, "node_cost")]
+)
+def test_a_model_that_its_name_does_not_make(model: type[CostModel], message: str) -> None:
+    register_cost_model(model)
+    with pytest.raises(CostModelError, match=f"'{model.name}' cannot be made .*{message}"):
+        parse_budget(f"{model.name} <= 1")
+
+
+class Table(CostModel):
+    """A cost per bits of the weight."""
+
+    name = "table"
+    unit = "joule"
+
+    def __init__(self, by_bits: dict[int, float]) -> None:
+        self.by_bits = by_bits
+
+    def node_cost(self, node: NodeFacts, bits: NodeBits) -> float:
+        return self.by_bits[int(bits.weight)]
+
+
+class Best(Table):
+    """Only the largest of the node costs, and less of it for more bits of the input."""
+
+    additive = False
+
+    def graph_cost(self, graph: Any, bits: Any) -> float:
+        return 100.0 - float(max(b.activation for b in bits))
+
+
+ONE_LAYER = graph(linear("fc", "w", "x"), widths=(2, 4, 8))
+FINE = {2: 0.0, 4: 1.0, 8: 1.0, 32: 4.0}
+CONTRACT: list[tuple[CostModel, str]] = [
+    (
+        Table({**FINE, 8: 0.5}),
+        r"'table' falls from 1 to 0.5 joule when w goes from 4 to 8 bits and all others stay "
+        r"\(x: 2 bits\); a cost must never be lower for more bits",
+    ),
+    (Table({**FINE, 2: -1.0}), "'table' gives -1.0 with every gate .* finite and not negative"),
+    (Table({**FINE, 4: nan}), "gives nan with w at 4 bits; a cost must be finite"),
+    (Table({**FINE, 4: inf}), "gives inf with w at 4 bits"),
+    (Table({**FINE, 32: nan}), "gives nan with everything at 32 bits"),
+    (Best(FINE), "falls from 98 to 96 joule when x goes from 2 to 4 bits .*w: 2 bits"),
+]
+
+
+@pytest.mark.parametrize(("model", "message"), CONTRACT)
+def test_a_model_that_breaks_the_contract_is_refused(model: CostModel, message: str) -> None:
+    with pytest.raises(CostModelError, match=message):
+        check_cost_models(ONE_LAYER, Budget((model <= 10.0,)))
+
+
+def test_a_fall_that_only_other_bits_show_is_found() -> None:
+    class Crossed(Wires):
+        def node_cost(self, node: NodeFacts, bits: NodeBits) -> float:
+            return 100 - bits.weight if bits.activation == 8 else 0.0
+
+    with pytest.raises(CostModelError, match=r"when w goes from 2 to 4 bits .*\(x: 8 bits\)"):
+        check_cost_models(ONE_LAYER, Budget((Crossed() <= 1.0,)))
+
+
+@pytest.mark.parametrize("model", [Table(FINE), Wires()])
+def test_a_model_that_keeps_the_contract_is_accepted(model: CostModel) -> None:
+    check_cost_models(ONE_LAYER, Budget((model <= 10.0,)))
+
+
+# All at 2 bits: 18 MACs x 4 = 72 BOPs of 18,432 at 32 bits, 48 of them in fc1; 18 x 2 / 8 weight
+# bytes and 20 of biases = 24.5, 3 + 12 of them in fc1.
+FEASIBLE = ["bops <= 72", "bops <= 0.390625%", "weights <= 24.5", "bops <= 72, weights <= 25"]
+INFEASIBLE = [
+    (
+        "bops <= 71.9",
+        r"bops <= 71.9 bop is asked for, but with every gate at its smallest bit-width it is still "
+        r"72 bop, most of it in fc1 \(67%\), fc2 \(33%\)\. Allow smaller bit-widths or raise",
+    ),
+    ("bops <= 0.3%", r"bops <= 0\.300% is asked .* still 0\.391%, most .*1 multiply-accumulate"),
+    ("weights <= 24", r"weights <= 24 byte .* still 24\.5 byte, most of it in fc1 \(61%\), fc2"),
+    ("bops <= 72, weights <= 24", r"met, whatever the training does: weights <= 24"),
+    ("bops <= 1, weights <= 1", r"bops <= 1 bop .*; weights <= 1 byte"),
+]
+
+
+@pytest.mark.parametrize("text", FEASIBLE)
+def test_a_budget_that_the_smallest_bits_meet_is_accepted(text: str) -> None:
+    check_feasible(two_layers(), parse_budget(text))
+    with pytest.raises(InfeasibleBudgetError):
+        check_feasible(two_layers((4, 8)), parse_budget(text))
+
+
+@pytest.mark.parametrize(("text", "message"), INFEASIBLE)
+def test_an_infeasible_budget_is_refused(text: str, message: str) -> None:
+    with pytest.raises(InfeasibleBudgetError, match=message):
+        check_feasible(two_layers(), parse_budget(text))
+
+
+def test_the_layers_that_dominate_are_the_users_modules_inside_the_scope() -> None:
+    small = [replace(linear(n, f"w_{n}", "x"), module="block.attention") for n in ("q", "k")]
+    large = linear("large", "w_large", "x", shape=(50, 4))
+    with pytest.raises(InfeasibleBudgetError, match=r"in large \(89%\), block.attention \(11%\)\."):
+        check_feasible(graph(*small, large), parse_budget("bops <= 1"))
+    with pytest.raises(InfeasibleBudgetError, match=r"still 96 bop, .* block.attention \(100%\)\."):
+        check_feasible(graph(*small, large), parse_budget("bops[block.*] <= 1"))
+
+
+RELEVANCE = [
+    ("bops <= 1%", {"w1": True, "x": True, "w2": True, "h": True}),
+    ("weights <= 30", {"w1": True, "x": False, "w2": True, "h": False}),
+    ("macs <= 50%", {"w1": False, "x": False, "w2": False, "h": False}),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), RELEVANCE)
+def test_relevance(text: str, expected: dict[str, bool]) -> None:
+    found = relevance(two_layers(), parse_budget(text))
+    assert found == {name: (flag,) for name, flag in expected.items()}
+    pruned = relevance(two_layers((0, 8)), parse_budget("macs <= 50%"))
+    assert pruned["h"] == (True,)
