@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import namedtuple
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -334,16 +335,27 @@ def _install(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _spec_to_json(spec: pytree.TreeSpec) -> Any:
+    """A structure of inputs or outputs; classes become what they hold.
+
+    A named tuple becomes a tuple, and a mapping or dataclass (the outputs of Transformers, say) a
+    dict: a loaded model has nothing of the user's code.
+    """
     if spec.is_leaf():
         return "leaf"
     children = [_spec_to_json(child) for child in spec.children()]
     if spec.type in (list, tuple):
         return {spec.type.__name__: children}
-    if spec.type is dict and all(isinstance(k, str) for k in spec.context):
-        return {"dict": [list(spec.context), children]}
+    if spec.type is namedtuple:
+        return {"tuple": children}
+    keys = spec.context
+    if isinstance(keys, tuple) and len(keys) == 2 and isinstance(keys[0], list):
+        keys = keys[0]  # a registered dataclass: names of the fields that are set, and of the rest
+    named = isinstance(keys, list | tuple) and all(isinstance(k, str) for k in keys)
+    if named and len(keys) == len(children):
+        return {"dict": [list(keys), children]}
     raise ArtifactError(
         f"the model takes or returns a {spec.type.__name__}, which an artifact cannot hold; "
-        "tensors, tuples, lists and dicts with string keys it can"
+        "tensors, tuples, lists, and mappings with string keys it can"
     )
 
 

@@ -47,6 +47,7 @@ from cgmq_fx.passes.normalise import (
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.passes.shapes import PropagateShapes
+from cgmq_fx.passes.wrappers import InlineRegions
 from cgmq_fx.result import Result
 from cgmq_fx.verify import verify
 
@@ -164,9 +165,7 @@ class Prepared:
         inputs = frozenset(self.parameter_names) & frozenset(own)
         tables = calibrate(self.model, own, batches, inputs)
         align_signs(self.model)
-        return Controller(
-            own, self.facts, self.budget, tables, self._direction, self._search_steps
-        )
+        return Controller(own, self.facts, self.budget, tables, self._direction, self._search_steps)
 
 
 def float_graph(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Captured:
@@ -177,6 +176,7 @@ def float_graph(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Ca
     """
     captured = capture(model, inputs)
     passes = [
+        InlineRegions(),
         MergeState(),
         DecomposeComposite(),
         Functionalise(),

@@ -46,8 +46,8 @@ def _quantize(
         return False
     key = (bias, input_name, weight_name)
     if key not in made:
-        container = module.get_submodule(BIASES)
-        container.add_module(node.name, BiasQuantizer(first.signed, second.signed))
+        quantizer = BiasQuantizer(first.signed, second.signed)
+        module.get_submodule(BIASES).add_module(node.name, quantizer)
         with module.graph.inserting_before(node):
             made[key] = _call(module, node, key)
     set_argument(node, op.bias or "", made[key])

@@ -8,7 +8,8 @@ place.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -52,6 +53,17 @@ def _bilinear(first: Tensor, second: Tensor, weight: Tensor, bias: Tensor | None
 _OWN: dict[Any, Callable[..., Any]] = {_ATEN.bilinear.default: _bilinear}
 
 
+@contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    """Like `torch.backends.mkldnn.flags`, which warns of TF32 because it sets that flag too."""
+    set_flags: Any = torch.backends.mkldnn.set_flags
+    enabled, *_ = set_flags(_enabled=False, _fp32_precision=None)
+    try:
+        yield
+    finally:
+        set_flags(_enabled=enabled, _fp32_precision=None)
+
+
 def _traced(node: Node) -> tuple[GraphModule, list[Node]]:
     """The decomposition of a node as a graph of its tensors, and the nodes that give them."""
     leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
@@ -71,8 +83,7 @@ def _traced(node: Node) -> tuple[GraphModule, list[Node]]:
         return function(*args, **kwargs)
 
     # Without mkldnn, recurrent layers are not fused again; the dispatcher keeps sizes symbolic.
-    flags = torch.backends.mkldnn.flags(enabled=False)
-    with torch.no_grad(), flags, enable_python_dispatcher():
+    with torch.no_grad(), _without_mkldnn(), enable_python_dispatcher():
         graph = make_fx(call, pre_dispatch=in_python)(*[values[i] for i in places])
     return graph, [leaves[i] for i in places]
 

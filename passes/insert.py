@@ -135,8 +135,8 @@ def _spec(scheme: Scheme, places: list[_Place], batched: bool) -> QuantizerSpec:
 def _name(module: GraphModule, node: Node) -> str:
     base = str(node.target) if node.op == "get_attr" else node.name
     base = base.replace(".", "_")
-    taken, name, count = module.get_submodule(QUANTIZERS)._modules, base, 1
-    while name in taken:
+    container, name, count = module.get_submodule(QUANTIZERS), base, 1
+    while hasattr(container, name):
         name, count = f"{base}_{count}", count + 1
     return name
 

@@ -116,7 +116,8 @@ FREE = (
     broadcast_tensors broadcast_to atleast_1d atleast_2d hstack vstack square_ sqrt_ add_relu
     _weight_norm _weight_norm_interface max_unpool2d pad_sequence bucketize searchsorted
     log_sigmoid_forward is_floating_point sym_is_contiguous isclose count_nonzero std_ floor_
-    softmin heaviside amin aminmax cummax cummin logaddexp hypot square frac deg2rad rad2deg
+    softmin __and__ __or__ __xor__ __lshift__ __rshift__
+    heaviside amin aminmax cummax cummin logaddexp hypot square frac deg2rad rad2deg
     """
     )
 )

@@ -4,7 +4,6 @@ from math import nextafter
 
 import pytest
 import torch
-from benchmarks.lenet5 import LeNet5
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch.fx import GraphModule
 from torch.nn.functional import cross_entropy
 
 import cgmq_fx
+from benchmarks.lenet5 import LeNet5
 from cgmq_fx import Budget, Constraint, InfeasibleBudgetError, Scheme
 from cgmq_fx.cost_models import GraphFacts
 from cgmq_fx.passes.quantizer import Quantizer
