@@ -67,7 +67,8 @@ class Flat(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = torch.addmm(self.bias, x.flatten(0, 1), self.first)
-        return torch.mm(rows.relu(), self.second).unflatten(0, x.shape[:2])
+        y: Tensor = torch.mm(rows.relu(), self.second).unflatten(0, x.shape[:2])
+        return y
 
 
 class Einsum(nn.Module):
@@ -96,7 +97,7 @@ class Attention(nn.Module):
 class Recurrent(nn.Module):
     """A recurrent layer; its outputs."""
 
-    def __init__(self, kind: type[nn.RNNBase], width: int) -> None:
+    def __init__(self, kind: type[nn.LSTM] | type[nn.GRU], width: int) -> None:
         super().__init__()
         self.layer = kind(width, width, batch_first=True)
 
@@ -126,7 +127,8 @@ class Pair(nn.Module):
         self.left, self.right = nn.Linear(width, 4), nn.Linear(width, 4, bias=False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return F.relu(self.both(a, b)) + self.left(a) * self.right(b)
+        y: Tensor = F.relu(self.both(a, b)) + self.left(a) * self.right(b)
+        return y
 
 
 def random_net(rng: random.Random) -> tuple[nn.Module, tuple[Tensor, ...]]:

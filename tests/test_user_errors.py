@@ -1,0 +1,141 @@
+"""What a user can do wrong at the top level: each mistake is one clear error of our own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import cgmq_fx
+from benchmarks.lenet5 import LeNet5
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)
+    )
+
+
+def batches(count: int = 3, channels: int = 1) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.rand(4, channels, 8, 8, generator=generator), torch.arange(4) % 3)
+        for _ in range(count)
+    ]
+
+
+def quantize(budget: Any = "bops <= 5%", data: Any = None, **options: Any) -> cgmq_fx.Result:
+    data = batches() if data is None else data
+    given = {"loss": cross_entropy, "epochs": 1, "progress": False} | options
+    return cgmq_fx.quantize(net(), budget, data, **given)
+
+
+def lenet(**scheme: Any) -> Any:
+    return cgmq_fx.prepare(
+        LeNet5(), "bops <= 0.39%", torch.rand(2, 1, 28, 28), scheme=cgmq_fx.Scheme(**scheme)
+    )
+
+
+def turns_nan() -> Callable[[Tensor, Tensor], Tensor]:
+    calls = iter(range(1000))
+    return lambda output, target: cross_entropy(output, target) * (
+        float("nan") if next(calls) == 4 else 1.0
+    )
+
+
+MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "infeasible": (lenet, cgmq_fx.InfeasibleBudgetError, r"still 0\.391%, most of it in conv2"),
+    "infeasible at 8-bit input": (
+        lambda: lenet(input_bits=8),
+        cgmq_fx.InfeasibleBudgetError,
+        r"0\.390% is asked for.*still 0\.517%",
+    ),
+    "unknown cost": (lambda: quantize("watts <= 1"), cgmq_fx.UnknownCostError, "known are .*bops"),
+    "malformed": (lambda: quantize("bops 5%"), cgmq_fx.BudgetError, "cannot read 'bops 5%'"),
+    "zero": (lambda: quantize("bops <= 0"), cgmq_fx.BudgetError, "positive, finite"),
+    "nan": (lambda: quantize({"bops": float("nan")}), cgmq_fx.BudgetError, "positive, finite"),
+    "wrong channels": (
+        lambda: quantize(data=batches(), val_data=batches(channels=3)),
+        cgmq_fx.DataError,
+        r"\(4, 3, 8, 8\).*captured with \(4, 1, 8, 8\)",
+    ),
+    "wrong model input": (
+        lambda: quantize(data=batches(channels=3)),
+        cgmq_fx.CaptureError,
+        r"fails on the example inputs \(\(4, 3, 8, 8\)",
+    ),
+    "loss is nan": (
+        lambda: quantize(data=batches(8), loss=turns_nan()),
+        cgmq_fx.TrainingError,
+        "the loss became nan at step 5 of 8",
+    ),
+    "loss is a vector": (
+        lambda: quantize(loss=lambda output, target: output),
+        cgmq_fx.DataError,
+        "must return one number",
+    ),
+    "loss raises": (
+        lambda: quantize(loss=lambda output, target: output.undefined),
+        cgmq_fx.DataError,
+        "loss.*failed: AttributeError",
+    ),
+    "no compute nodes": (
+        lambda: cgmq_fx.quantize(nn.ReLU(), "bops <= 5%", example_inputs=torch.rand(2, 3)),
+        cgmq_fx.UnsupportedModelError,
+        "nothing to quantize",
+    ),
+    "empty data": (lambda: quantize(data=[]), cgmq_fx.DataError, "empty"),
+    "one-shot data": (
+        lambda: quantize(data=iter(batches())),
+        cgmq_fx.DataError,
+        "iterated only once",
+    ),
+    "unknown shapes": (
+        lambda: cgmq_fx.quantize(net(), "bops <= 5%"),
+        cgmq_fx.DataError,
+        "pass example_inputs=",
+    ),
+    "no target": (
+        lambda: quantize(data=[x for x, _ in batches()]),
+        cgmq_fx.DataError,
+        "has no target",
+    ),
+    "negative epochs": (lambda: quantize(epochs=-1), cgmq_fx.OptionError, "0 or more"),
+    "unknown direction": (lambda: quantize(direction="up"), cgmq_fx.OptionError, "known are"),
+    "no target chip": (lambda: quantize("latency <= 1 ms"), cgmq_fx.BudgetError, "target="),
+    "unknown chip": (lambda: quantize(target="z80"), cgmq_fx.TargetError, "there is no target"),
+    "bit-width": (lambda: cgmq_fx.Scheme(bit_widths=(2, 33)), cgmq_fx.OptionError, "33 is no"),
+}
+
+
+@pytest.mark.parametrize(("mistake", "kind", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_clear_errors(
+    mistake: Callable[[], Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=f"(?s){message}") as caught:
+        mistake()
+    assert isinstance(caught.value, cgmq_fx.CgmqError)
+
+
+def test_the_same_call_without_mistakes_works() -> None:
+    assert quantize(val_data=batches()).cost.satisfied
+
+
+def test_same_seed_same_result_bit_for_bit() -> None:
+    first, second = (quantize(data=batches(6), epochs=2).model.state_dict() for _ in range(2))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_users_model_and_global_state_are_left_alone() -> None:
+    model = net().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    seed = torch.random.get_rng_state()
+    cgmq_fx.quantize(model, "bops <= 5%", batches(), loss=cross_entropy, epochs=1, progress=False)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(seed, torch.random.get_rng_state())
