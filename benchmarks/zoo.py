@@ -69,6 +69,21 @@ def loss_of(output: Any) -> Tensor:
     return torch.stack(losses).sum()
 
 
+def settle(model: nn.Module, args: Any, kwargs: Any) -> None:
+    """Give batch norm the statistics of the example, as in a trained model: else signals vanish."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    if norms:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval()
+        norm.momentum = momentum
+
+
 def gradients(model: nn.Module, args: Any, kwargs: Any) -> set[str]:
     """Names of the parameters that get a gradient other than zero."""
     model.zero_grad()
@@ -108,6 +123,7 @@ def run(zoo: ModuleType, name: str) -> dict[str, Any]:
 
 def _stages(record: dict[str, Any], zoo: ModuleType, name: str) -> None:
     model, args, kwargs = zoo.build(name)
+    settle(model, args, kwargs)
     with FlopCounterMode(display=False) as counter:
         expected = pytree.tree_map_only(Tensor, Tensor.detach, model(*args, **kwargs))
     record["flop_counter"] = counter.get_total_flops() // 2

@@ -155,7 +155,8 @@ def _budget_to_json(result: Result) -> list[dict[str, Any]]:
     for c in result.budget:
         target = target_to_json(c.model.target) if isinstance(c.model, TableModel) else None
         bound = {"value": c.bound.value, "relative": c.bound.relative, "base": c.bound.base}
-        rows.append({"cost": c.model.name, "scope": c.scope, "target": target, **bound})
+        refers = {"reference": c.bound.reference}
+        rows.append({"cost": c.model.name, "scope": c.scope, "target": target, **bound, **refers})
     return rows
 
 
@@ -164,7 +165,9 @@ def _budget_from_json(rows: list[dict[str, Any]]) -> Budget:
     for row in rows:
         chip = row["target"]
         target = None if chip is None else parse_target(json.dumps(chip).encode(), "the artifact")
-        bound = Bound(float(row["value"]), row["relative"] is True, int(row["base"]))
+        reference = None if row["reference"] is None else float(row["reference"])
+        relative, base = row["relative"] is True, int(row["base"])
+        bound = Bound(float(row["value"]), relative, base, reference)
         scope = None if row["scope"] is None else str(row["scope"])
         constraints.append(Constraint(cost_model(str(row["cost"]), target), bound, scope))
     return Budget(tuple(constraints))

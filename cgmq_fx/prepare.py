@@ -17,10 +17,12 @@ from cgmq_fx.cost_models import (
     BudgetLike,
     ConstraintState,
     GraphFacts,
+    Ledger,
     Target,
     check_cost_models,
     check_feasible,
     load_target,
+    lowest_bits,
     parse_budget,
 )
 from cgmq_fx.cost_models.errors import OptionError
@@ -76,7 +78,6 @@ class Prepared:
         direction: Direction,
         search_steps: int,
     ) -> None:
-        self.budget = budget
         self.dynamic = captured.dynamic
         self._inputs = captured.inputs
         self._direction = direction
@@ -84,6 +85,8 @@ class Prepared:
         self.model, self.facts = quantized_graph(captured, scheme)
         check_cost_models(self.facts, budget)
         check_feasible(self.facts, budget)
+        references = Ledger(self.facts, budget, lowest_bits(self.facts)).references
+        self.budget = budget.referring_to(references)
         self._controller = self._calibrated([captured.inputs])
         self.model.train()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from math import isfinite
 
@@ -20,6 +20,8 @@ class Bound:
         value: In the unit of the cost model, or a fraction if `relative`.
         relative: Whether it is a share of the same graph at `base` bits (0.004 is 0.4 %).
         base: The uniform bit-width that a relative bound refers to, 32 or 8.
+        reference: The cost of the model at `base` bits, once a model is known; it stays the same
+            when a finished graph has lost the quantizers of what stays float.
 
     Raises:
         BudgetError: If the value is not a positive, finite number.
@@ -28,8 +30,11 @@ class Bound:
     value: float
     relative: bool = False
     base: int = FLOAT_BITS
+    reference: float | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        if self.reference is not None and not (isfinite(self.reference) and self.reference >= 0):
+            raise BudgetError(f"a bound cannot refer to a cost of {self.reference:g}")
         if self.base not in (8, FLOAT_BITS):
             raise BudgetError(f"a bound is relative to 32 or 8 bits, not {self.base}")
         if not isfinite(self.value) or self.value <= 0:
@@ -108,6 +113,11 @@ class Budget:
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.constraints))
+
+    def referring_to(self, references: Sequence[float]) -> Budget:
+        """The same budget for one model, whose costs at the bounds' bases are `references`."""
+        pairs = zip(self.constraints, references, strict=True)
+        return Budget(tuple(replace(c, bound=replace(c.bound, reference=r)) for c, r in pairs))
 
     def __and__(self, other: Constraint | Budget) -> Budget:
         more = other.constraints if isinstance(other, Budget) else (other,)

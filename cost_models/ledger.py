@@ -58,10 +58,7 @@ class Ledger:
         self._nodes, self._tensors = list(state.nodes), state.tensors
         self._costs = [self._per_node(i, range(len(graph.nodes)), self._nodes) for i in self._range]
         self._totals = tuple(self._total(i, self._costs[i], state) for i in self._range)
-        bases = {base: self._uniform(base) for base in {c.bound.base for c in budget}}
-        self.references = tuple(
-            self._reference(i, bases[c.bound.base]) for i, c in enumerate(budget)
-        )
+        self.references = self._references()
         self.limits = tuple(c.bound.limit(r) for c, r in zip(budget, self.references, strict=True))
 
     @property
@@ -168,8 +165,19 @@ class Ledger:
         """The state with every quantizer at `bits`: one gate each says that as well as many."""
         return graph_bits(self.graph, dict.fromkeys(self.graph.quantizers, np.array([bits])))
 
-    def _reference(self, c: int, base: GraphBits) -> float:
-        return self._total(c, self._per_node(c, range(len(self.graph.nodes)), base.nodes), base)
+    def _references(self) -> tuple[float, ...]:
+        """The cost of every constraint at its bound's base, where the bound does not know it."""
+        bounds, indices = [c.bound for c in self.budget], range(len(self.graph.nodes))
+        unknown = {b.base for b in bounds if b.reference is None}
+        bases = {base: self._uniform(base) for base in unknown}
+        found = []
+        for c, bound in enumerate(bounds):
+            if bound.reference is None:
+                base = bases[bound.base]
+                found.append(self._total(c, self._per_node(c, indices, base.nodes), base))
+            else:
+                found.append(bound.reference)
+        return tuple(found)
 
 
 def inside_scope(graph: GraphFacts, constraint: Constraint) -> tuple[bool, ...]:

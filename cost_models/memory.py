@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cgmq_fx.cost_models.bits import GraphBits, NodeBits
-from cgmq_fx.cost_models.facts import GraphFacts, NodeFacts, Steps, TensorFacts
+from cgmq_fx.cost_models.facts import FLOAT_BITS, GraphFacts, NodeFacts, Steps, TensorFacts
 from cgmq_fx.cost_models.model import CostModel, register_cost_model
 
 Sizes = npt.NDArray[np.int64]
@@ -124,13 +124,14 @@ Layout: TypeAlias = tuple[tuple[int, tuple[int, ...]], ...]
 
 
 def layouts(tensors: Sequence[TensorFacts]) -> tuple[Layout, ...]:
-    """Ways to pack tensors, found for 8 bits wherever there is a quantizer.
+    """Ways to pack tensors, found for 8 bits wherever a quantizer is or has been.
 
+    What stays at 32 bits loses its quantizer in the end, and the layouts must not change with it.
     Each comes from a first fit into the lowest gap (Pisarchyk and Lee, Efficient Memory Management
     for Deep Neural Net Inference, 2020), in one of several orders. What is kept of it is which
     tensor lies on which, so it can be packed again for any bits.
     """
-    sizes = [t.elements * (t.bits if t.quantizer is None else _TYPICAL_BITS) for t in tensors]
+    sizes = [t.elements * (_TYPICAL_BITS if t.bits == FLOAT_BITS else t.bits) for t in tensors]
     first, last = (np.array([getattr(t, end) for t in tensors]) for end in ("first", "last"))
     meet = (first[:, None] <= last) & (first <= last[:, None])
     rivals = [np.flatnonzero(row).tolist() for row in meet]

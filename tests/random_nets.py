@@ -203,7 +203,7 @@ class Recount(Interpreter):
         shape = self.env[weight].shape
         float_bits = torch.tensor(32.0, dtype=torch.float64)
         w = self.bits.get(weight, float_bits).expand(shape)
-        groups = int(n.args[6]) if len(n.args) > 6 else 1  # type: ignore[call-overload]
+        groups = int(str(n.args[6])) if len(n.args) > 6 else 1
         a = self.bits.get(activation, float_bits).reshape(-1)
         channels = shape[1] * groups
         a = a.expand(channels) if a.numel() == 1 else a.repeat_interleave(channels // a.numel())

@@ -1,4 +1,4 @@
-"""The guarantee: what is returned satisfies its budget, and what cannot is refused before training."""
+"""The guarantee: what is returned satisfies its budget, and what cannot is refused at once."""
 
 from math import nextafter
 
@@ -46,7 +46,7 @@ def bits_in(model: GraphModule) -> dict[str, Tensor]:
 
 
 def lenet5_share(model: GraphModule) -> float:
-    """Relative BOPs of a quantized LeNet-5, every product of a weight with an activation counted."""
+    """Relative BOPs of a quantized LeNet-5: every product of a weight with an activation."""
     bits = bits_in(model)
     inputs = ("images", "max_pool2d", "max_pool2d_1", "relu_2")
     total = 0.0
@@ -168,5 +168,5 @@ def test_count_sees_bits_that_were_changed_behind_the_controllers_back() -> None
     for module in result.model.modules():
         if isinstance(module, Quantizer):
             module.bits.fill_(8)
-    with pytest.raises(cgmq_fx.BoundError, match="bops 6.2500% > "):
+    with pytest.raises(cgmq_fx.BoundError, match=r"bops 6\.2500% > "):
         verify(result.model, result.inputs, result.budget)

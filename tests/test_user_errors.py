@@ -29,7 +29,7 @@ def batches(count: int = 3, channels: int = 1) -> list[tuple[Tensor, Tensor]]:
 
 def quantize(budget: Any = "bops <= 5%", data: Any = None, **options: Any) -> cgmq_fx.Result:
     data = batches() if data is None else data
-    given = {"loss": cross_entropy, "epochs": 1, "progress": False} | options
+    given: dict[str, Any] = {"loss": cross_entropy, "epochs": 1, "progress": False} | options
     return cgmq_fx.quantize(net(), budget, data, **given)
 
 
@@ -41,8 +41,8 @@ def lenet(**scheme: Any) -> Any:
 
 def turns_nan() -> Callable[[Tensor, Tensor], Tensor]:
     calls = iter(range(1000))
-    return lambda output, target: cross_entropy(output, target) * (
-        float("nan") if next(calls) == 4 else 1.0
+    return lambda output, target: (
+        cross_entropy(output, target) * (float("nan") if next(calls) == 4 else 1.0)
     )
 
 
