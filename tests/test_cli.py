@@ -1,0 +1,65 @@
+"""The command line: what a person sees, and the exit statuses."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cgmq_fx.cli import main
+from cgmq_fx.cost_models.target import target_names
+
+LENET = ["explain", "benchmarks.lenet5:LeNet5", "--input", "2x1x28x28"]
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments), env={"COLUMNS": "140"})
+
+
+def test_targets_are_listed_with_their_source() -> None:
+    result = run("targets")
+    assert result.exit_code == 0
+    assert all(name in result.output for name in target_names())
+    assert "arXiv" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        ((*LENET, "--budget", "bops <= 1%"), 0, "feasible: the smallest bit-widths satisfy"),
+        ((*LENET, "--budget", "bops <= 0.3%"), 1, "infeasible: bops cannot be met"),
+        ((*LENET, "--budget", "bops <= 0.4%", "--input-bits", "8"), 1, "0.517%"),
+        ((*LENET, "--budget", "latency <= 9 s", "--target", "cortex-m7"), 0, "latency <= 9 second"),
+        ((*LENET, "--budget", "bops <= 9%", "--bit-widths", "4,8"), 0, "1.562%"),
+        ((*LENET, "--budget", "latency <= 9 s"), 2, "pass target="),
+        ((*LENET, "--budget", "bops 3"), 2, "cannot read 'bops 3'"),
+        ((*LENET, "--budget", "bops <= 1%", "--target", "z80"), 2, "there is no target 'z80'"),
+        ((*LENET, "--budget", "bops <= 1%", "--bit-widths", "a"), 2, "must be whole numbers"),
+        (("explain", "nothing", "--budget", "bops <= 1%"), 2, "neither package.module:factory"),
+        (("explain", "nothing.x:Y", "--budget", "bops <= 1%"), 2, "No module named"),
+        (("explain", "math:pi", "--budget", "bops <= 1%"), 2, "not callable"),
+        (("explain", "builtins:dict", "--budget", "bops <= 1%"), 2, "gives a dict"),
+        (("explain", "gone.pt2", "--budget", "bops <= 1%"), 2, "there is no file gone.pt2"),
+        (LENET, 2, "Missing option '--budget'"),
+    ],
+)
+def test_explain(arguments: tuple[str, ...], status: int, text: str) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, "Traceback" in result.output) == (status, False)
+    assert text in result.output
+
+
+@pytest.mark.parametrize("command", [(), ("targets",), ("explain",)])
+def test_help_has_an_example(command: tuple[str, ...]) -> None:
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert not command or f"cgmq-fx {command[0]}" in result.output
+
+
+def test_the_entry_point_is_installed() -> None:
+    script = Path(sys.executable).parent / "cgmq-fx"
+    if not script.exists():
+        pytest.skip("cgmq_fx is not installed in this environment, only on the path")
+    done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
+    assert "explain" in done.stdout
