@@ -235,9 +235,9 @@ def problem(
     error = ""
     try:
         result = solve(graph, scheme, budget, rng, steps)
-        report = count(result.model, result.inputs, budget)
+        report = count(result.model, result.inputs, result.budget)
         satisfied = report.satisfied
-        error = ", ".join(raisable(rng, report, budget))[:300]
+        error = ", ".join(raisable(rng, report, result.budget))[:300]
         maximal = not error
     except InfeasibleBudgetError:
         refused = True
