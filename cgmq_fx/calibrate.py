@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ _PER_WEIGHT = 8192
 _CANDIDATES = 48
 _QUANTILE = 0.999
 _TAIL = 3.0
+_GOLDEN = 0.6180339887498949
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +204,18 @@ class _Watch:
 
 
 def _thin(values: Tensor, most: int) -> Tensor:
-    """Every k-th column, so that about `most` values are left in each row."""
-    return values[:, :: max(1, values.shape[1] // most)].clone()
+    """At most `most` columns, spread over all.
+
+    The step between them shares no factor with their number: one that does would meet the same
+    channels again and again, and miss the others.
+    """
+    size = values.shape[1]
+    if size <= most:
+        return values.clone()
+    step = round(_GOLDEN * size)
+    while gcd(step, size) > 1:
+        step += 1
+    return values[:, torch.arange(most, device=values.device) * step % size]
 
 
 def _quantile(size: Tensor) -> Tensor:

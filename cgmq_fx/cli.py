@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 INFEASIBLE = 1
 MISUSED = 2
+_DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "bool")
 
 
 def _reported(command: Callable[..., None]) -> Callable[..., None]:
@@ -85,7 +86,10 @@ def targets() -> None:
     "--budget", required=True, help='What it may cost, as "bops <= 1%, weights <= 64 KiB".'
 )
 @click.option(
-    "--input", "shapes", multiple=True, help="Shape of an input, as 1x3x32x32; repeatable."
+    "--input",
+    "shapes",
+    multiple=True,
+    help="Shape of an input, as 1x3x32x32 or 1x16:int64; repeatable.",
 )
 @click.option("--target", help="The chip for latency and energy: a name or a JSON file.")
 @click.option("--bit-widths", help="The bit-widths that may be used, as 2,4,8.")
@@ -140,15 +144,19 @@ def load_model(name: str) -> nn.Module | ExportedProgram:
     if name.endswith(".pt2"):
         if not Path(name).is_file():
             raise OptionError(f"there is no file {name}")
-        return torch.export.load(name)
+        try:
+            return torch.export.load(name)
+        except Exception as error:
+            raise OptionError(f"cannot read {name} as a model of torch.export: {error}") from error
     module, colon, factory = name.partition(":")
     if not colon:
         raise OptionError(f"{name!r} is neither package.module:factory nor a .pt2 file")
     sys.path.insert(0, os.getcwd())  # noqa: PTH109 - sys.path holds strings
     try:
         made = getattr(importlib.import_module(module), factory)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise OptionError(f"cannot make a model of {name!r}: {error}") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise OptionError(f"cannot make a model of {name!r}: {reason}") from error
     finally:
         sys.path.pop(0)
     if not isinstance(made, torch.nn.Module):
@@ -156,10 +164,21 @@ def load_model(name: str) -> nn.Module | ExportedProgram:
     return made
 
 
-def _tensor(shape: str) -> Tensor:
+def _tensor(text: str) -> Tensor:
+    """An input of a shape such as 1x3x32x32, or 1x16:int64: random numbers, or zeros."""
     import torch
 
-    return torch.rand(_numbers(shape.lower(), "x"))
+    from cgmq_fx.cost_models.errors import OptionError
+
+    sizes, _, name = text.lower().partition(":")
+    shape, name = _numbers(sizes, "x"), name or "float32"
+    if name not in _DTYPES or min(shape) < 1:
+        raise OptionError(
+            f"{text!r} is no input; write sizes as 1x3x32x32, and a dtype where it is not float32, "
+            "as 1x16:int64"
+        )
+    dtype: torch.dtype = getattr(torch, name)
+    return torch.rand(shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape).to(dtype)
 
 
 def _numbers(text: str, separator: str) -> tuple[int, ...]:

@@ -109,7 +109,7 @@ def _node_to_json(node: Node) -> dict[str, Any]:
         "target": _target_to_json(node),
         "args": [_to_json(a, node) for a in node.args],
         "kwargs": {k: _to_json(v, node) for k, v in node.kwargs.items()},
-        "module": module_path(node),
+        "module": plain_text(module_path(node)),
     }
 
 

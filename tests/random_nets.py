@@ -217,9 +217,9 @@ class Recount(Interpreter):
             self.costs["weights"] += 4 * shape[0]
 
 
-def recount(module: GraphModule, inputs: Tensor) -> dict[str, float]:
+def recount(module: GraphModule, *inputs: Tensor) -> dict[str, float]:
     """The cost of a graph by every cost model, counted by `Recount`."""
     counter = Recount(module)
     with torch.no_grad():
-        counter.run(inputs, enable_io_processing=False)
+        counter.run(*inputs, enable_io_processing=False)
     return counter.costs

@@ -5,12 +5,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from torch import nn
 
 from cgmq_fx.cli import main
 from cgmq_fx.cost_models.target import target_names
 
 LENET = ["explain", "benchmarks.lenet5:LeNet5", "--input", "2x1x28x28"]
+
+
+TOKENS = "tests.nets:Tied"
+
+
+def broken() -> nn.Module:
+    raise KeyError("weights")
 
 
 def run(*arguments: str) -> Result:
@@ -39,8 +48,14 @@ def test_targets_are_listed_with_their_source() -> None:
         (("explain", "nothing", "--budget", "bops <= 1%"), 2, "neither package.module:factory"),
         (("explain", "nothing.x:Y", "--budget", "bops <= 1%"), 2, "No module named"),
         (("explain", "math:pi", "--budget", "bops <= 1%"), 2, "not callable"),
+        (("explain", "math:sqrt:x", "--budget", "bops <= 1%"), 2, "has no attribute 'sqrt:x'"),
+        (("explain", "builtins:next", "--budget", "bops <= 1%"), 2, "TypeError"),
+        (("explain", "tests.test_cli:broken", "--budget", "bops <= 1%"), 2, "KeyError: 'weights'"),
         (("explain", "builtins:dict", "--budget", "bops <= 1%"), 2, "gives a dict"),
         (("explain", "gone.pt2", "--budget", "bops <= 1%"), 2, "there is no file gone.pt2"),
+        (("explain", TOKENS, "--budget", "bops <= 9%", "--input", "2x3:int64"), 0, "feasible"),
+        (("explain", TOKENS, "--budget", "bops <= 9%", "--input", "2x-3"), 2, "is no input"),
+        (("explain", TOKENS, "--budget", "bops <= 9%", "--input", "2x3:int7"), 2, "is no input"),
         (LENET, 2, "Missing option '--budget'"),
     ],
 )
@@ -55,6 +70,18 @@ def test_help_has_an_example(command: tuple[str, ...]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0
     assert not command or f"cgmq-fx {command[0]}" in result.output
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_a_file_of_torch_export(good: bool, tmp_path: Path) -> None:
+    file = tmp_path / "model.pt2"
+    if good:
+        torch.export.save(torch.export.export(nn.Linear(3, 2), (torch.ones(2, 3),)), file)
+    else:
+        file.write_bytes(b"PK but no model")
+    result = run("explain", str(file), "--budget", "bops <= 1%")
+    assert result.exit_code == (0 if good else 2)
+    assert ("feasible" if good else "as a model of torch.export") in result.output
 
 
 def test_the_entry_point_is_installed() -> None:
