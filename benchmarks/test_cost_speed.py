@@ -6,6 +6,7 @@ Goals: under 50 microseconds after one gate moved, under 5 ms for a full evaluat
 `arena` places every tensor anew and is measured apart, without a goal.
 """
 
+import time
 from itertools import cycle
 
 import numpy as np
@@ -25,6 +26,8 @@ from cgmq_fx.cost_models import (
     parse_budget,
     uniform_bits,
 )
+
+pytestmark = pytest.mark.benchmark(timer=time.process_time)  # whatever else runs does not count
 
 NODES = 1000
 CHANNELS = 32

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -45,7 +45,7 @@ def save(result: Result, path: Path) -> Path:
         "inputs": _inputs_to_json(result.inputs),
         "metrics": result.metrics,
         "history": asdict(result.history),
-        "parameters": [name for name, _ in result.model.named_parameters(remove_duplicate=False)],
+        "parameters": sorted(n for n, _ in result.model.named_parameters(remove_duplicate=False)),
     }
     state = result.model.state_dict(keep_vars=False)
     tensors = {
@@ -57,7 +57,7 @@ def save(result: Result, path: Path) -> Path:
         raise ArtifactError(f"the result cannot be written as JSON: {error}") from error
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
-        save_file(tensors, temporary, {_KEY: text})
+        temporary.write_bytes(serialize(tensors, {_KEY: text}))
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path} cannot be written: {error}") from error
@@ -83,7 +83,7 @@ def load(path: str | Path) -> Result:
     """
     header, tensors = _read(Path(path))
     version = header.get("format")
-    if not isinstance(version, int) or version > FORMAT:
+    if type(version) is not int or not 1 <= version <= FORMAT:
         raise ArtifactError(
             f"{path} has format {version!r}, this version reads up to {FORMAT}; upgrade cgmq_fx"
         )
@@ -131,7 +131,7 @@ def _tree(tensors: Mapping[str, Tensor], parameters: set[str]) -> nn.Module:
             if part not in parent._modules:
                 parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
-        if full in parameters and tensor.is_floating_point():
+        if full in parameters:
             parent.register_parameter(name, nn.Parameter(tensor))
         else:
             parent.register_buffer(name, tensor)

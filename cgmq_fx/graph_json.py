@@ -69,7 +69,7 @@ def graph_to_json(module: GraphModule) -> dict[str, Any]:
         "nodes": [_node_to_json(node) for node in module.graph.nodes],
         "modules": {
             name: _module_to_json(name, owner)
-            for name, owner in module.named_modules()
+            for name, owner in sorted(module.named_modules())
             if isinstance(owner, _MODULES)
         },
         "inputs": None if info is None else [argument_name(name) for name in info.orig_args],
@@ -171,7 +171,8 @@ def _module_at(root: nn.Module, path: str) -> nn.Module:
 def _check_nodes(graph: Graph) -> None:
     """What holds for every graph that is written: one end, and bits that only quantizers read."""
     nodes = list(graph.nodes)
-    if [n for n in nodes if n.op == "output"] != nodes[-1:] or len(nodes[-1].args) != 1:
+    ends = [node for node in nodes if node.op == "output"]
+    if not nodes or ends != nodes[-1:] or len(nodes[-1].args) != 1:
         raise ArtifactError("the graph does not end with its one output")
     for node in nodes:
         if node.op == "placeholder" and (node.args or node.kwargs):

@@ -6,7 +6,6 @@ granularity it multiplies a mixture, and a cost is the mean over the elements th
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +22,8 @@ Assignment: TypeAlias = Mapping[str, BitArray]
 
 _RADIX = 64
 _FEW = 128
+"""Up to so many gates, Python's sum is faster than numpy's."""
+
 _FLOAT: BitArray = np.array([FLOAT_BITS])
 
 
@@ -94,7 +95,7 @@ def tensor_bits(tensor: TensorFacts, assignment: Assignment) -> int:
     gates = assignment[tensor.quantizer]
     if gates.size == 1:
         return tensor.elements * gates.item()
-    return -(-tensor.elements * int(gates.sum()) // gates.size)
+    return -(-tensor.elements * _sum(gates) // gates.size)
 
 
 def node_bits(node: NodeFacts, assignment: Assignment) -> NodeBits:
@@ -120,20 +121,24 @@ def _stored(elements: int, gates: BitArray) -> int:
     """Bits of `elements` elements, an equal number of which belong to each gate."""
     if gates.size == 1:
         return elements * gates.item()
-    return elements // gates.size * int(gates.sum())
+    return elements // gates.size * _sum(gates)
+
+
+def _sum(gates: BitArray) -> int:
+    return sum(gates.tolist()) if gates.size <= _FEW else int(gates.sum())
 
 
 def _pairs(first: BitArray, second: BitArray) -> tuple[tuple[int, int, int], ...]:
     if first.size == 1 and second.size == 1:
         return _single(first.item(), second.item())
-    codes = (first * _RADIX + second).ravel()
-    if codes.size <= _FEW:  # where numpy's calls cost more than the work
-        found = sorted(Counter(codes.tolist()).items())
-    else:
-        counts = np.bincount(codes)
-        present = np.flatnonzero(counts)
-        found = list(zip(present.tolist(), counts[present].tolist(), strict=True))
-    return tuple((count, code // _RADIX, code % _RADIX) for code, count in found)
+    if second.size == 1:
+        other = second.item()
+        numbers = np.bincount(first.ravel()).tolist()
+        return tuple((count, bits, other) for bits, count in enumerate(numbers) if count)
+    counts = np.bincount((first * _RADIX + second).ravel())
+    codes = np.flatnonzero(counts)
+    found = zip(counts[codes].tolist(), codes.tolist(), strict=True)
+    return tuple((count, code // _RADIX, code % _RADIX) for count, code in found)
 
 
 @lru_cache(maxsize=1024)

@@ -1,5 +1,6 @@
 """Users' cost models: registered, checked, and bounded."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import inf, nan
 from typing import Any
@@ -207,3 +208,12 @@ def test_relevance(text: str, expected: dict[str, bool]) -> None:
     assert found == {name: (flag,) for name, flag in expected.items()}
     pruned = relevance(two_layers((0, 8)), parse_budget("macs <= 50%"))
     assert pruned["h"] == (True,)
+
+
+@pytest.mark.parametrize("function", [max, min])
+def test_what_shows_at_one_end_only_is_relevant(function: Callable[[int, int], float]) -> None:
+    class Wider(Wires):
+        def node_cost(self, node: NodeFacts, bits: NodeBits) -> float:
+            return bits.mean(function)
+
+    assert relevance(ONE_LAYER, Budget((Wider() <= 1.0,))) == {"w": (True,), "x": (True,)}

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -75,6 +75,7 @@ def residual_chain(case: Case) -> Tensor:
     return total
 
 
+@settings(deadline=None)
 @given(cases(CHAIN))
 def test_the_residual_chain_telescopes_to_direct_rounding(case: Case) -> None:
     codes = inside(case) / step_of(case.limit, case.bits, case.signed)
@@ -83,6 +84,7 @@ def test_the_residual_chain_telescopes_to_direct_rounding(case: Case) -> None:
     assert difference.masked_fill(tie, 0).abs().max() < 1e-12
 
 
+@settings(deadline=None)
 @given(cases((0, 2, 3, 4, 8, 16, 32)))
 def test_values_are_the_nearest_of_their_grid(case: Case) -> None:
     rounded, bits = round_to_grid(*case), case.bits.expand(SHAPE)
@@ -138,6 +140,7 @@ def test_allowed_bit_widths() -> None:
     assert allowed == [0, *range(2, 17), 32]
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.5, 5.5), min_size=2, max_size=9), st.integers(1, 5))
 def test_the_level_rises_with_the_gate(gates: list[float], count: int) -> None:
     ordered = torch.tensor(sorted(gates)).clamp(max=count + 0.5)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cgmq_fx.cost_models import (
@@ -75,6 +75,7 @@ def account(ledger: Ledger) -> Any:
     return ledger.totals, costs, bits_now, ledger.violated, ledger.satisfied, ledger.references
 
 
+@settings(deadline=None)
 @given(MOVES)
 def test_after_any_moves_the_account_is_exact(moves: list[tuple[str, BitArray]]) -> None:
     ledger = Ledger(FACTS, BUDGET, highest_bits(FACTS))
@@ -83,6 +84,7 @@ def test_after_any_moves_the_account_is_exact(moves: list[tuple[str, BitArray]])
     assert account(ledger) == account(Ledger(FACTS, BUDGET, dict(ledger.assignment)))
 
 
+@settings(deadline=None)
 @given(MOVES, st.one_of([gates(name) for name in FACTS.quantizers]))
 def test_a_trial_predicts_a_move_and_changes_nothing(
     moves: list[tuple[str, BitArray]], tried: tuple[str, BitArray]

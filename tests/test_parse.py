@@ -5,7 +5,7 @@ from math import inf, nan
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cgmq_fx.cost_models import (
@@ -225,6 +225,7 @@ CLAUSES = st.builds(
 TEXTS = st.one_of(st.text(), st.lists(CLAUSES, max_size=3).map(", ".join))
 
 
+@settings(deadline=None)
 @given(TEXTS)
 def test_no_text_raises_anything_but_a_budget_error(text: str) -> None:
     with suppress(BudgetError):
@@ -234,6 +235,7 @@ def test_no_text_raises_anything_but_a_budget_error(text: str) -> None:
 POSITIVES = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False)
 
 
+@settings(deadline=None)
 @given(value=POSITIVES, relative=st.booleans(), model=st.sampled_from([BOPs(), WeightMemory()]))
 def test_the_string_form_reads_back_as_the_same_bound(
     value: float, relative: bool, model: CostModel
