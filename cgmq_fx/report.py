@@ -45,6 +45,7 @@ def as_dict(result: Result) -> dict[str, Any]:
             for index, node in enumerate(report.nodes)
         ],
         "quantizers": [_quantizer(result, name) for name in report.facts.quantizers],
+        "rounded_up": list(result.cost.rounded_up()),
         "unknown_ops": list(report.facts.unknown),
         "convention": report.convention,
         "epochs": [asdict(epoch) for epoch in result.history.epochs],
@@ -106,6 +107,7 @@ def _quantizer_table(result: Result, names: list[str]) -> Table:
 def _footer(result: Result) -> list[str]:
     lines = [str(state) for state in result.cost.states]
     lines += [f"{name} {value:.4g}" for name, value in result.metrics.items()]
+    lines += result.cost.rounded_up()
     if result.cost.facts.unknown:
         lines.append(f"not counted (unknown ops): {', '.join(result.cost.facts.unknown)}")
     return [*lines, f"({result.cost.convention})"]

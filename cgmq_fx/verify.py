@@ -12,14 +12,20 @@ from torch.fx import GraphModule
 
 from cgmq_fx.cost_models import (
     CONVENTION,
+    Arena,
+    ArenaPlan,
     Assignment,
     Budget,
     ConstraintState,
     GraphFacts,
     Ledger,
     NodeFacts,
+    Target,
+    graph_bits,
+    node_bits,
 )
 from cgmq_fx.cost_models.errors import BoundError
+from cgmq_fx.cost_models.tables import TableModel
 from cgmq_fx.passes.annotate import annotate
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.freeze import read_bits
@@ -54,6 +60,19 @@ class CostReport:
         """The facts of every node that costs something."""
         return self.facts.nodes
 
+    def arena(self) -> ArenaPlan:
+        """Where an offset planner puts every activation: name, offset, size, lifetime."""
+        return Arena().plan(self.facts, graph_bits(self.facts, self.assignment))
+
+    def rounded_up(self) -> tuple[str, ...]:
+        """What a target cannot run and is billed as something wider, one line per layer."""
+        lines = []
+        for state in self.states:
+            model = state.constraint.model
+            if isinstance(model, TableModel):
+                lines += [line for n in self.nodes for line in _rounded_up(model.target, n, self)]
+        return tuple(dict.fromkeys(lines))
+
     def __getitem__(self, name: str) -> ConstraintState:
         """The first constraint on the cost model `name`."""
         for state in self.states:
@@ -63,6 +82,17 @@ class CostReport:
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.states))
+
+
+def _rounded_up(target: Target, node: NodeFacts, report: CostReport) -> list[str]:
+    lines = []
+    for _, weight, activation in node_bits(node, report.assignment).pairs:
+        found = target.price(node, weight, activation, lambda r: r.cycles or r.picojoules)
+        if found is not None and (found[1].weight, found[1].activation) != (weight, activation):
+            wide = f"{found[1].weight}x{found[1].activation}"
+            name = node.module or node.name
+            lines.append(f"{target.name} runs {name} ({weight}x{activation} bits) as {wide}")
+    return lines
 
 
 def count(module: GraphModule, inputs: ExampleInputs, budget: Budget) -> CostReport:

@@ -33,6 +33,7 @@ def check_cost_models(graph: GraphFacts, budget: Budget) -> None:
         _check_values(ledger, ledger.totals, "with every gate at the same end of its bit-widths")
         for name in graph.quantizers:
             _check_quantizer(ledger, name)
+        _check_repeatable(ledger, Ledger(graph, budget, others))
 
 
 def check_feasible(graph: GraphFacts, budget: Budget) -> None:
@@ -86,6 +87,17 @@ def _check_quantizer(ledger: Ledger, name: str) -> None:
                     "a cost must never be lower for more bits"
                 )
         before, before_bits = totals, bits
+
+
+def _check_repeatable(first: Ledger, second: Ledger) -> None:
+    """The same bits cost the same again, after other bits were evaluated in between."""
+    rows = zip(first.budget, first.totals, second.totals, strict=True)
+    for constraint, before, after in rows:
+        if before != after:
+            raise CostModelError(
+                f"the cost model {constraint.model.name!r} gives {before:g} and then {after:g} for "
+                "the same bits; a cost must not depend on hidden state"
+            )
 
 
 def _levels(graph: GraphFacts, name: str) -> Iterator[BitArray]:
