@@ -28,14 +28,17 @@ def save_plots(result: Result, folder: Path) -> list[Path]:
         The files.
 
     Raises:
-        OptionError: If matplotlib is not installed.
+        OptionError: If matplotlib is not installed, or the folder cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     figures = {"bits.png": bits_figure(result)}
     if result.history.steps:
         figures["history.png"] = history_figure(result)
-    for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=120)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            figure.savefig(folder / name, dpi=120)
+    except OSError as error:
+        raise OptionError(f"plots cannot be written to {folder}: {error}") from error
     return [folder / name for name in figures]
 
 

@@ -60,7 +60,7 @@ class Result:
             The files.
 
         Raises:
-            OptionError: If matplotlib is not installed.
+            OptionError: If matplotlib is not installed, or the folder cannot be written to.
         """
         from cgmq_fx.plots import save_plots
 

@@ -122,7 +122,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        with _quiet():
+            return copy.deepcopy(model)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({error}); cgmq_fx works on a copy so that "
