@@ -18,6 +18,7 @@ from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.result import Result
 
 _MIN_WIDTH = 110
+_MAX_WIDTH = 1000
 
 
 def as_dict(result: Result) -> dict[str, Any]:
@@ -57,7 +58,10 @@ def render(result: Result) -> str:
     buffer = StringIO()
     width = max(_MIN_WIDTH, get_terminal_size((_MIN_WIDTH, 24)).columns)
     console = Console(file=buffer, width=width, color_system=None)
-    console.print(_node_table(result))
+    table = _node_table(result)
+    needed = console.measure(table, options=console.options.update_width(_MAX_WIDTH)).maximum
+    console.width = max(width, needed)  # numbers are never cut off
+    console.print(table)
     others = _other_quantizers(result)
     if others:
         console.print(_quantizer_table(result, others))
@@ -70,8 +74,8 @@ def _node_table(result: Result) -> Table:
     """A row per compute node, with its share of every cost that is a sum over nodes."""
     report = result.cost
     table = Table(title=escape(f"Quantized under {result.budget}"), title_justify="left")
-    table.add_column("layer", overflow="fold", min_width=12)
-    table.add_column("op", overflow="fold")
+    table.add_column("layer", overflow="fold", min_width=12, max_width=32)
+    table.add_column("op", overflow="fold", max_width=20)
     for column in ("output", "W bits", "W range", "A bits", "A range", "MACs"):
         table.add_column(column, justify="right", no_wrap=column != "output")
     sums = [i for i, state in enumerate(report.states) if state.constraint.model.additive]
