@@ -174,3 +174,41 @@ def test_random_changes_of_tensors_end_in_errors_of_the_library(
 
 def test_an_unchanged_copy_survives(content: Content, tmp_path: Path) -> None:
     assert survives(tmp_path / "file", *content)
+
+
+def half_written(path: Path, data: bytes) -> int:
+    with path.open("wb") as file:
+        file.write(data[:100])
+    raise OSError("disk full")
+
+
+def test_an_error_while_writing_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = quantized(NETS["tied"])
+    before = result.save(tmp_path / "a").read_bytes()
+    monkeypatch.setattr(Path, "write_bytes", half_written)
+    with pytest.raises(ArtifactError, match=r"a cannot be written: .*disk full"):
+        result.save(tmp_path / "a")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [before]
+
+
+def test_saving_replaces_and_is_readable_by_others(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    (tmp_path / "plain").touch()
+    path = quantized(NETS["tied"]).save(tmp_path / "a")
+    assert load(path).cost.satisfied
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("a", float("nan"), "written as JSON"), ("none/a", 1.0, "cannot be written")],
+)
+def test_what_cannot_be_written_is_said(
+    name: str, value: float, message: str, tmp_path: Path
+) -> None:
+    result = quantized(NETS["tied"])
+    result.metrics = {"accuracy": value}
+    with pytest.raises(ArtifactError, match=message):
+        result.save(tmp_path / name)
