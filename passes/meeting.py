@@ -46,7 +46,8 @@ def channel_axis(node: Node, op: ComputeOp, root: Node) -> int | None:
     if op.layout in (Layout.CONV, Layout.CONV_TRANSPOSE):
         return 1 if shape[1] == contracted else None
     if len(shape) > 2 and shape[-1] != contracted:
-        return 1 if contracted % shape[1] == 0 else None
+        fits = contracted % shape[1] == 0
+        return 1 if fits and _runs_along(node, op, root, 1, contracted) else None
     return len(shape) - 1 if shape[-1] == contracted else None
 
 
@@ -118,10 +119,23 @@ def _in_order(node: Node, op: ComputeOp, gates: int, size: int) -> bool:
     Found by sending the numbers of the channels through what lies in between: a flattened image
     has its channels in order, but the tokens that a mixer contracts are no channels.
     """
-    *between, root = sources(argument(node, op.activation))
+    *_, root = sources(argument(node, op.activation))
     axis, shape = channel_axis(node, op, root), shape_of(root)
     if axis is None or shape is None or shape[axis] != gates:
         return False
+    return _runs_along(node, op, root, axis, size)
+
+
+def _runs_along(node: Node, op: ComputeOp, root: Node, axis: int, size: int) -> bool:
+    """Whether the contracted axis, of `size`, runs through `axis` of `root` in order."""
+    between, shape = [], shape_of(root)
+    for source in sources(argument(node, op.activation)):
+        if source is root or source.op == "call_module":  # its quantizer, once it has one
+            break
+        between.append(source)
+    if shape is None:
+        return False
+    gates = shape[axis]
     channels = torch.arange(gates, dtype=torch.float32)
     numbers: Any = channels.reshape(along(len(shape), axis, -1)).expand(shape)
     for step in reversed(between):
