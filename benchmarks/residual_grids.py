@@ -24,7 +24,7 @@ from benchmarks.lenet5 import accuracy
 from benchmarks.resnet20 import load_resnet20
 from cgmq_fx.passes.oplists import BINARY
 from cgmq_fx.passes.quantizer import Quantizer
-from cgmq_fx.prepare import Prepared
+from cgmq_fx.prepared import Prepared
 from cgmq_fx.training import parameter_groups, schedule
 
 console = Console()

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cgmq_fx
 from cgmq_fx.passes.capture import ExampleInputs
-from cgmq_fx.prepare import Prepared, float_graph
+from cgmq_fx.prepared import Prepared, float_graph
 
 _TIME = 600
 console = Console()

@@ -1,94 +1,24 @@
-"""Constraint guided quantization: a trained PyTorch model, under hard bounds on what it costs."""
+"""Constraint guided quantization: a trained PyTorch model, under hard bounds on what it costs.
 
-from cgmq_fx.artifact import load
-from cgmq_fx.callbacks import Callback, Progress
-from cgmq_fx.cost_models import (
-    ActivationMemory,
-    Arena,
-    BOPs,
-    Bound,
-    Budget,
-    Constraint,
-    ConstraintState,
-    CostModel,
-    Energy,
-    GraphBits,
-    GraphFacts,
-    Latency,
-    MACs,
-    NodeBits,
-    NodeFacts,
-    Target,
-    WeightMemory,
-    load_target,
-    register_cost_model,
-)
-from cgmq_fx.cost_models.errors import (
-    ArtifactError,
-    BoundError,
-    BudgetError,
-    CaptureError,
-    CgmqError,
-    CostModelError,
-    DataError,
-    InfeasibleBudgetError,
-    OptionError,
-    PassError,
-    TargetError,
-    TrainingError,
-    UnknownCostError,
-    UnsupportedModelError,
-)
-from cgmq_fx.directions import Direction
-from cgmq_fx.driver import quantize
-from cgmq_fx.explain import Explanation, explain
-from cgmq_fx.passes.scheme import Scheme
-from cgmq_fx.prepare import Prepared, prepare
-from cgmq_fx.result import Result
+The public names are listed in `cgmq_fx.api`. They are loaded when the first of them is used, so
+that what needs no PyTorch, such as `cgmq-fx --help`, does not wait for it.
+"""
 
-__all__ = [
-    "ActivationMemory",
-    "Arena",
-    "ArtifactError",
-    "BOPs",
-    "Bound",
-    "BoundError",
-    "Budget",
-    "BudgetError",
-    "Callback",
-    "CaptureError",
-    "CgmqError",
-    "Constraint",
-    "ConstraintState",
-    "CostModel",
-    "CostModelError",
-    "DataError",
-    "Direction",
-    "Energy",
-    "Explanation",
-    "GraphBits",
-    "GraphFacts",
-    "InfeasibleBudgetError",
-    "Latency",
-    "MACs",
-    "NodeBits",
-    "NodeFacts",
-    "OptionError",
-    "PassError",
-    "Prepared",
-    "Progress",
-    "Result",
-    "Scheme",
-    "Target",
-    "TargetError",
-    "TrainingError",
-    "UnknownCostError",
-    "UnsupportedModelError",
-    "WeightMemory",
-    "explain",
-    "load",
-    "load_target",
-    "prepare",
-    "quantize",
-    "register_cost_model",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cgmq_fx.api import *  # noqa: F403
+else:
+
+    def __getattr__(name):  # noqa: ANN001, ANN202 - hidden from type checkers, which see the names
+        if name == "__all__" or not name.startswith("__"):
+            api = import_module("cgmq_fx.api")
+            globals().update({public: getattr(api, public) for public in ["__all__", *api.__all__]})
+        try:
+            return globals()[name]
+        except KeyError:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+    def __dir__():  # noqa: ANN202
+        return sorted({*globals(), *import_module("cgmq_fx.api").__all__})

@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 from cgmq_fx.history import EpochRecord, StepRecord
 
 if TYPE_CHECKING:
-    from cgmq_fx.prepare import Prepared
+    from cgmq_fx.prepared import Prepared
 
 _REDRAW = 10
 

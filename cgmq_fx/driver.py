@@ -33,7 +33,7 @@ from cgmq_fx.history import EpochRecord, History, StepRecord
 from cgmq_fx.passes.capture import ExampleInputs, device_of
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.scheme import Scheme
-from cgmq_fx.prepare import Prepared, float_graph, scheme_for
+from cgmq_fx.prepared import Prepared, float_graph, scheme_for
 from cgmq_fx.result import Result
 from cgmq_fx.training import (
     Loss,

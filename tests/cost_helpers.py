@@ -29,7 +29,7 @@ from cgmq_fx.passes.infra import run_passes
 from cgmq_fx.passes.insert import InsertQuantizers
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.passes.shapes import PropagateShapes
-from cgmq_fx.prepare import float_graph
+from cgmq_fx.prepared import float_graph
 
 WIDTHS = (2, 4, 8, 16, 32)
 

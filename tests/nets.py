@@ -18,7 +18,7 @@ from cgmq_fx.passes.insert import QUANTIZERS, InsertQuantizers
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.passes.shapes import PropagateShapes
-from cgmq_fx.prepare import float_graph
+from cgmq_fx.prepared import float_graph
 
 
 class Residual(nn.Module):

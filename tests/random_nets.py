@@ -18,7 +18,7 @@ from cgmq_fx.directions import direction_of
 from cgmq_fx.passes.capture import Captured, ExampleInputs
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.quantizer import Quantizer
-from cgmq_fx.prepare import float_graph
+from cgmq_fx.prepared import float_graph
 
 SIZE = 6
 FREE = Budget((Constraint(cost_model("bops"), Bound(1.0, relative=True)),))

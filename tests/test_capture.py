@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from cgmq_fx import CaptureError
 from cgmq_fx.passes.capture import ExampleInputs
-from cgmq_fx.prepare import float_graph
+from cgmq_fx.prepared import float_graph
 from tests.nets import NETS, Net, call, distance, ops, small_classifier
 
 TOLERANCE = 1e-5

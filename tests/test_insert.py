@@ -13,7 +13,7 @@ from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.grid import DEFAULT_BIT_WIDTHS
 from cgmq_fx.passes.insert import QUANTIZERS, InsertQuantizers
 from cgmq_fx.passes.quantizer import QuantizerSpec
-from cgmq_fx.prepare import float_graph
+from cgmq_fx.prepared import float_graph
 from tests.nets import NETS, call, distance, quantized, quantizers, small_classifier, tensors
 
 

@@ -17,7 +17,7 @@ from cgmq_fx.passes.normalise import (
     RemoveNoOps,
     SwitchModes,
 )
-from cgmq_fx.prepare import float_graph
+from cgmq_fx.prepared import float_graph
 from tests.nets import NETS, Net, call, distance, ops, tensors
 
 TOLERANCE = 1e-5

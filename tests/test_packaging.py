@@ -1,6 +1,7 @@
 import ast
 import importlib
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import cgmq_fx.api
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -38,6 +41,24 @@ def test_bare_name_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
     with pytest.raises(ImportError, match=rf"cgmq_fx\.{name}"):
         importlib.import_module(name)
+
+
+def test_no_module_hides_a_public_name() -> None:
+    modules = {module.name for module in pkgutil.iter_modules(cgmq_fx.__path__)}
+    assert modules.isdisjoint(cgmq_fx.api.__all__)
+
+
+def test_public_names_are_listed_and_others_are_not_there() -> None:
+    assert set(cgmq_fx.api.__all__) < set(dir(cgmq_fx))
+    assert cgmq_fx.quantize is cgmq_fx.api.quantize
+    with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
+        getattr(cgmq_fx, "quantise")  # noqa: B009 - a type checker would find the plain form
+
+
+@pytest.mark.parametrize("module", ["cgmq_fx", "cgmq_fx.cli", "cgmq_fx.cost_models"])
+def test_import_does_not_wait_for_torch(module: str, tmp_path: Path) -> None:
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+    assert run(sys.executable, "-c", code, cwd=tmp_path, python_path=str(ROOT)) == "False\n"
 
 
 ALLOWED = {
@@ -130,7 +151,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_the_modules_and_nothing_else(wheel: Path) -> None:
     expected = {
         f"cgmq_fx/{file.relative_to(ROOT / 'cgmq_fx')}"
-        for file in [*(ROOT / "cgmq_fx").glob("*.py"), ROOT / "cgmq_fx" / "py.typed"]
+        for pattern in ("*.py", "cli/*.py", "py.typed")
+        for file in (ROOT / "cgmq_fx").glob(pattern)
     } | {
         f"cgmq_fx/{file.relative_to(ROOT)}"
         for layer in ("passes", "cost_models")
@@ -145,7 +167,9 @@ def test_wheel_is_small(wheel: Path) -> None:
     assert wheel.stat().st_size < 300_000
 
 
-@pytest.mark.parametrize("module", ["cgmq_fx", "cgmq_fx.passes", "cgmq_fx.cost_models"])
+@pytest.mark.parametrize(
+    "module", ["cgmq_fx", "cgmq_fx.cli", "cgmq_fx.passes", "cgmq_fx.cost_models"]
+)
 def test_wheel_imports_from_another_directory(module: str, installed: Path, tmp_path: Path) -> None:
     code = f"import {module}; print({module}.__file__)"
     printed = run(sys.executable, "-c", code, cwd=tmp_path, python_path=str(installed))

@@ -29,7 +29,7 @@ from cgmq_fx.cost_models import (
 from cgmq_fx.cost_models.preflight import dominating
 from cgmq_fx.data import example_inputs_of
 from cgmq_fx.passes.scheme import Scheme
-from cgmq_fx.prepare import float_graph, quantized_graph, scheme_for
+from cgmq_fx.prepared import float_graph, quantized_graph, scheme_for
 
 _WIDTH = 120
 UNIFORM = (2, 4, 8)

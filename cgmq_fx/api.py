@@ -1,0 +1,97 @@
+"""Every public name of the library: `cgmq_fx` takes them from here when the first is used.
+
+No module may be called like a public name: `cgmq_fx.explain` has to be the function.
+"""
+
+from cgmq_fx.artifact import load
+from cgmq_fx.callbacks import Callback, Progress
+from cgmq_fx.cost_models import (
+    ActivationMemory,
+    Arena,
+    BOPs,
+    Bound,
+    Budget,
+    Constraint,
+    ConstraintState,
+    CostModel,
+    Energy,
+    GraphBits,
+    GraphFacts,
+    Latency,
+    MACs,
+    NodeBits,
+    NodeFacts,
+    Target,
+    WeightMemory,
+    load_target,
+    register_cost_model,
+)
+from cgmq_fx.cost_models.errors import (
+    ArtifactError,
+    BoundError,
+    BudgetError,
+    CaptureError,
+    CgmqError,
+    CostModelError,
+    DataError,
+    InfeasibleBudgetError,
+    OptionError,
+    PassError,
+    TargetError,
+    TrainingError,
+    UnknownCostError,
+    UnsupportedModelError,
+)
+from cgmq_fx.directions import Direction
+from cgmq_fx.driver import quantize
+from cgmq_fx.explanation import Explanation, explain
+from cgmq_fx.passes.scheme import Scheme
+from cgmq_fx.prepared import Prepared, prepare
+from cgmq_fx.result import Result
+
+__all__ = [
+    "ActivationMemory",
+    "Arena",
+    "ArtifactError",
+    "BOPs",
+    "Bound",
+    "BoundError",
+    "Budget",
+    "BudgetError",
+    "Callback",
+    "CaptureError",
+    "CgmqError",
+    "Constraint",
+    "ConstraintState",
+    "CostModel",
+    "CostModelError",
+    "DataError",
+    "Direction",
+    "Energy",
+    "Explanation",
+    "GraphBits",
+    "GraphFacts",
+    "InfeasibleBudgetError",
+    "Latency",
+    "MACs",
+    "NodeBits",
+    "NodeFacts",
+    "OptionError",
+    "PassError",
+    "Prepared",
+    "Progress",
+    "Result",
+    "Scheme",
+    "Target",
+    "TargetError",
+    "TrainingError",
+    "UnknownCostError",
+    "UnsupportedModelError",
+    "WeightMemory",
+    "explain",
+    "load",
+    "load_target",
+    "prepare",
+    "quantize",
+    "register_cost_model",
+]

@@ -1,0 +1,21 @@
+"""The command line, `cgmq-fx`: a module per command.
+
+A command's module imports PyTorch, and what needs it, only when the command runs: `--help` and
+completion must be quick.
+"""
+
+from __future__ import annotations
+
+import click
+
+from cgmq_fx.cli import explain, targets
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="cgmq-fx")
+def main() -> None:
+    """Quantize PyTorch models under hard bounds on what they cost."""
+
+
+for _module in (explain, targets):
+    main.add_command(_module.command)
