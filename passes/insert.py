@@ -127,7 +127,8 @@ def _spec(scheme: Scheme, places: list[_Place], batched: bool) -> QuantizerSpec:
         widths, granularity = scheme.link_widths, "tensor"
     elif first.node.op == "placeholder" and scheme.input_bits is not None:
         widths = (scheme.input_bits,)
-    axis = channel_axis(first.reader, first.op, first.node) if first.op else None
+    channels = granularity == "channel" and first.op is not None
+    axis = channel_axis(first.reader, first.op, first.node) if channels and first.op else None
     gates = gate_shape(granularity, shape, axis)
     return QuantizerSpec(first.role, signed, widths, gates, (), batched)
 

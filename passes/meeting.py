@@ -130,9 +130,11 @@ def _runs_along(node: Node, op: ComputeOp, root: Node, axis: int, size: int) -> 
     """Whether the contracted axis, of `size`, runs through `axis` of `root` in order."""
     between, shape = [], shape_of(root)
     for source in sources(argument(node, op.activation)):
-        if source is root or source.op == "call_module":  # its quantizer, once it has one
-            break
+        if source is root or (source.op == "call_module" and root in source.args):
+            break  # at the tensor or at its quantizer, once it has one
         between.append(source)
+    else:
+        return False  # `root` is the other factor
     if shape is None:
         return False
     gates = shape[axis]
@@ -145,6 +147,8 @@ def _runs_along(node: Node, op: ComputeOp, root: Node, axis: int, size: int) -> 
     spatial = len(shape_of(argument(node, op.weight)) or ()) - 2
     convolved = op.layout in (Layout.CONV, Layout.CONV_TRANSPOSE)
     numbers = numbers.movedim(-1 - spatial if convolved else -1, -1)
+    if numbers.shape[-1] != size:
+        return False
     return bool((numbers == channels.repeat_interleave(size // gates)).all())
 
 
