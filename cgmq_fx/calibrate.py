@@ -19,12 +19,13 @@ from torch.fx import GraphModule
 from cgmq_fx.cost_models.errors import DataError
 from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.capture import ExampleInputs
-from cgmq_fx.passes.grid import MAX_GRID_BITS, PASS_THROUGH, round_to_grid
+from cgmq_fx.passes.grid import MAX_GRID_BITS, PASS_THROUGH, power_of_two_range, round_to_grid
 from cgmq_fx.passes.quantizer import Quantizer
 
 _PER_BATCH = 8192
 _PER_WEIGHT = 8192
 _CANDIDATES = 48
+_HALVINGS = 7
 _QUANTILE = 0.999
 _TAIL = 3.0
 _GOLDEN = 0.6180339887498949
@@ -46,7 +47,7 @@ class RangeTable:
     power: float
 
 
-def best_range(values: Tensor, bits: int, signed: bool) -> Tensor:
+def best_range(values: Tensor, bits: int, signed: bool, power_of_two: bool = False) -> Tensor:
     """The range of least squared rounding error, robust against a few wild values.
 
     Values beyond three times the 99.9 % quantile count as if they stood there, so that one outlier
@@ -56,6 +57,7 @@ def best_range(values: Tensor, bits: int, signed: bool) -> Tensor:
         values: Shape (ranges, samples), finite.
         bits: Bit-width, 2 or more.
         signed: Whether the grid has codes below zero.
+        power_of_two: Whether steps are powers of two; the range is then one of such a step.
 
     Returns:
         Shape (ranges,), positive.
@@ -69,17 +71,27 @@ def best_range(values: Tensor, bits: int, signed: bool) -> Tensor:
     bits = min(bits, MAX_GRID_BITS)
     codes = 2**bits - 1
     reach = codes / (codes - 1) if signed else 1.0
-    if bits >= MAX_GRID_BITS:
-        return cap * reach
-    clipped = torch.minimum(torch.maximum(values, -cap[:, None]), cap[:, None])
     width = torch.tensor(bits, dtype=torch.int32, device=values.device)
-    best, least = cap * reach, torch.full_like(cap, torch.inf)
-    for share in torch.linspace(1.0, 1.0 / _CANDIDATES, _CANDIDATES).tolist():
-        limit = cap * reach * share
+    widest = cap * reach
+    if power_of_two:  # the next one up: the nearest could clip
+        widest = power_of_two_range(widest * 2**0.5, width, signed)
+    if bits >= MAX_GRID_BITS:
+        return widest
+    clipped = torch.minimum(torch.maximum(values, -cap[:, None]), cap[:, None])
+    best, least = widest, torch.full_like(cap, torch.inf)
+    for share in _shares(power_of_two):
+        limit = widest * share
         error = (round_to_grid(clipped, limit[:, None], width, signed) - clipped).square().mean(1)
         better = error < least
         best, least = torch.where(better, limit, best), torch.where(better, error, least)
     return best
+
+
+def _shares(power_of_two: bool) -> list[float]:
+    """What shares of the widest range are tried."""
+    if power_of_two:
+        return [2.0**-halvings for halvings in range(_HALVINGS)]
+    return torch.linspace(1.0, 1.0 / _CANDIDATES, _CANDIDATES).tolist()
 
 
 def range_table(quantizer: Quantizer, values: Tensor) -> RangeTable:
@@ -92,7 +104,7 @@ def range_table(quantizer: Quantizer, values: Tensor) -> RangeTable:
     shape = quantizer.log_range.shape
     logs, noise = [], []
     for bits in quantizer.spec.bit_widths:
-        limit = best_range(values, max(bits, 2), quantizer.signed)
+        limit = best_range(values, max(bits, 2), quantizer.signed, quantizer.spec.power_of_two)
         logs.append(limit.log().reshape(shape))
         if bits == 0:
             noise.append(12 * values.square().mean())

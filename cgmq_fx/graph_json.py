@@ -273,7 +273,7 @@ def _module_to_json(name: str, owner: nn.Module) -> dict[str, Any]:
         return {"type": "TrainingFlag"}
     if isinstance(owner, BiasQuantizer):
         signs = {"input_signed": owner.input_signed, "weight_signed": owner.weight_signed}
-        return {"type": "BiasQuantizer", **signs}
+        return {"type": "BiasQuantizer", **signs, "power_of_two": owner.power_of_two}
     if not isinstance(owner, Quantizer):
         raise ArtifactError(f"{name} is a {type(owner).__name__}, which an artifact cannot hold")
     spec = owner.spec
@@ -285,6 +285,7 @@ def _module_to_json(name: str, owner: nn.Module) -> dict[str, Any]:
         "gate_shape": list(spec.gate_shape),
         "range_shape": list(spec.range_shape),
         "batched": spec.batched,
+        "power_of_two": spec.power_of_two,
     }
 
 
@@ -293,7 +294,8 @@ def _module_from_json(entry: Mapping[str, Any]) -> nn.Module:
     if kind == "TrainingFlag":
         return TrainingFlag()
     if kind == "BiasQuantizer":
-        return BiasQuantizer(entry["input_signed"] is True, entry["weight_signed"] is True)
+        signs = entry["input_signed"] is True, entry["weight_signed"] is True
+        return BiasQuantizer(*signs, entry.get("power_of_two") is True)
     if kind != "Quantizer":
         raise ArtifactError(f"the file holds a module of type {kind!r}, which is not known")
     widths = entry["bit_widths"]
@@ -306,6 +308,7 @@ def _module_from_json(entry: Mapping[str, Any]) -> nn.Module:
         tuple(int(s) for s in entry["gate_shape"]),
         tuple(int(s) for s in entry["range_shape"]),
         entry["batched"] is True,
+        entry.get("power_of_two") is True,
     )
     return Quantizer(spec, torch.device("meta"))
 

@@ -142,7 +142,7 @@ def _bits_text(result: Result, operand: Operand) -> str:
 def _range_text(result: Result, operand: Operand) -> str:
     if operand.quantizer is None:
         return "-"
-    limits = quantizer_of(result, operand.quantizer).log_range.detach().exp()
+    limits = quantizer_of(result, operand.quantizer).limit.detach()
     low, high = float(limits.min()), float(limits.max())
     return f"{high:.3g}" if low == high else f"{low:.2g}-{high:.2g}"
 
@@ -157,7 +157,7 @@ def _bits_of(result: Result, node: NodeFacts, index: int) -> float | None:
 def _quantizer(result: Result, name: str) -> dict[str, Any]:
     quantizer, bits = quantizer_of(result, name), result.cost.assignment[name]
     widths, counts = np.unique(bits, return_counts=True)
-    limits = quantizer.log_range.detach().exp()
+    limits = quantizer.limit.detach()
     return {
         "name": name,
         "role": quantizer.spec.role.value,

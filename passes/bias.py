@@ -46,7 +46,7 @@ def _quantize(
         return False
     key = (bias, input_name, weight_name)
     if key not in made:
-        quantizer = BiasQuantizer(first.signed, second.signed)
+        quantizer = BiasQuantizer(first.signed, second.signed, first.spec.power_of_two)
         module.get_submodule(BIASES).add_module(node.name, quantizer)
         with module.graph.inserting_before(node):
             made[key] = _call(module, node, key)

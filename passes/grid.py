@@ -6,8 +6,10 @@ For a range `beta > 0` and `b` bits (van Baalen et al., Bayesian Bits, NeurIPS 2
 - unsigned: codes `0 .. 2^b-1`, step `beta/(2^b-1)`;
 - 0 bits: only the code 0; 32 bits: no grid, values pass through.
 
+Where steps must be powers of two, the step is rounded to the nearest one, and the range follows.
+
 For bit-widths that double, a step is an odd multiple of the next finer one, so the coarse grid is
-part of the fine one.
+part of the fine one; powers of two nest for all bit-widths.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from torch import Tensor
 
 PASS_THROUGH = 32
 """The bit-width at which values pass through unchanged."""
+
+_HALFWAY = 0.5**0.5
+"""The mantissa, from 1/2 to 1, that is as far from the power of two below as from that above."""
 
 MAX_GRID_BITS = 16
 """The finest grid; float32 cannot tell the codes of a much finer one apart."""
@@ -65,6 +70,31 @@ def grid(limit: Tensor, bits: Tensor, signed: bool) -> Grid:
     return Grid(limit / intervals, torch.zeros_like(high), high)
 
 
+def power_of_two_range(limit: Tensor, bits: Tensor, signed: bool) -> Tensor:
+    """The range whose step is the power of two that is nearest to the step of `limit`.
+
+    Steps are compared by their ratio. The gradient goes straight through on a logarithmic scale:
+    the result grows by as many per cent as `limit` does.
+
+    Args:
+        limit: Range, positive, of a shape that broadcasts against `bits`.
+        bits: Bit-widths, integer.
+        signed: Whether codes below zero exist.
+
+    Returns:
+        The range per bit-width, of the shape that both broadcast to. `grid` gives the exact power
+        of two for it, in float32 or wider; a range in half precision comes back in float32.
+    """
+    wide = limit.float() if limit.dtype in (torch.float16, torch.bfloat16) else limit
+    with torch.no_grad():
+        step, _, high = grid(wide, bits, signed)
+        mantissa = torch.frexp(step).mantissa
+        power = step / mantissa  # the mantissa is the step but for this factor: exact
+        power = torch.where(mantissa < _HALFWAY, power / 2, power)
+        snapped = power * (high + 0.5 if signed else high.clamp(min=1))
+    return snapped + (wide - wide.detach()) * (snapped / wide.detach())
+
+
 def round_to_grid(x: Tensor, limit: Tensor, bits: Tensor, signed: bool) -> Tensor:
     """The value on the grid that is nearest to each element of `x` (ties to even codes).
 
@@ -87,7 +117,9 @@ def round_to_grid(x: Tensor, limit: Tensor, bits: Tensor, signed: bool) -> Tenso
     return torch.where(bits >= PASS_THROUGH, x, y, out=y)  # keeps the memory format of `x`
 
 
-def finest_step(log_range: Tensor, bits: Tensor, signed: bool) -> Tensor:
+def finest_step(
+    log_range: Tensor, bits: Tensor, signed: bool, power_of_two: bool = False
+) -> Tensor:
     """The step of the finest grid in use, per range; 0 where something passes through.
 
     Because grids nest, every value of a tensor with mixed bit-widths lies on this one.
@@ -96,12 +128,14 @@ def finest_step(log_range: Tensor, bits: Tensor, signed: bool) -> Tensor:
         log_range: Natural logarithm of the range, of the range's shape.
         bits: Bit-widths of the gates, of a shape that broadcasts against the range.
         signed: Whether codes below zero exist.
+        power_of_two: Whether steps are powers of two.
 
     Returns:
         A tensor of the shape of `log_range`.
     """
     limit = log_range.exp()
-    step = grid(limit, bits, signed).step
+    used = power_of_two_range(limit, bits, signed) if power_of_two else limit
+    step = grid(used, bits, signed).step
     step = torch.where(bits >= PASS_THROUGH, torch.zeros_like(step), step)
     while step.dim() > limit.dim():
         step = step.amin(0)

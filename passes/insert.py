@@ -113,6 +113,14 @@ def _links(module: GraphModule, live: set[Node]) -> Iterator[_Place]:
                 yield _Place(root, Role.ACTIVATION, node, None)
 
 
+def _outputs(module: GraphModule, live: set[Node]) -> Iterator[_Place]:
+    """The network's outputs that are not yet on a grid."""
+    output = module.graph.output_node()
+    for node in output.all_input_nodes:
+        if node in live and is_float(node) and quantizer_of(module, node) is None:
+            yield _Place(view_root(node), Role.ACTIVATION, output, None)
+
+
 def _spec(scheme: Scheme, places: list[_Place], batched: bool) -> QuantizerSpec:
     first, shape = places[0], shape_of(places[0].node) or ()
     if first.role is Role.WEIGHT:
@@ -120,17 +128,21 @@ def _spec(scheme: Scheme, places: list[_Place], batched: bool) -> QuantizerSpec:
         axis = axes.pop() if len(axes) == 1 else None
         gates = gate_shape(scheme.weights, shape, axis)
         ranges = gate_shape(scheme.weight_ranges, shape, axis)
-        return QuantizerSpec(first.role, True, scheme.bit_widths, gates, ranges)
+        return QuantizerSpec(
+            first.role, True, scheme.bit_widths, gates, ranges, power_of_two=scheme.power_of_two
+        )
     signed = last_write(first.node) is not None or not non_negative(first.node)
     widths, granularity = scheme.bit_widths, scheme.activations
-    if first.op is None:
+    if first.reader.op == "output" and scheme.output_bits is not None:
+        widths, granularity = (scheme.output_bits,), "tensor"
+    elif first.op is None:
         widths, granularity = scheme.link_widths, "tensor"
     elif first.node.op == "placeholder" and scheme.input_bits is not None:
         widths = (scheme.input_bits,)
     channels = granularity == "channel" and first.op is not None
     axis = channel_axis(first.reader, first.op, first.node) if channels and first.op else None
     gates = gate_shape(granularity, shape, axis)
-    return QuantizerSpec(first.role, signed, widths, gates, (), batched)
+    return QuantizerSpec(first.role, signed, widths, gates, (), batched, scheme.power_of_two)
 
 
 def _name(module: GraphModule, node: Node) -> str:
@@ -186,7 +198,7 @@ class InsertQuantizers(Pass):
     is on the grid of exactly one quantizer, whatever views, max-pools and slices lie in between;
     results that are never negative are unsigned, all else is signed; the operands of adds whose
     result is quantized are on grids of their own, of at most 8 bits, so that an integer runtime can
-    rescale and add them.
+    rescale and add them; if the scheme says so, the network's outputs are on grids as well.
 
     Attributes:
         scheme: Bit-widths and granularity.
@@ -213,12 +225,18 @@ class InsertQuantizers(Pass):
                 if node is group[0] or own.gate_shape != spec.gate_shape:
                     path = _make(module, node, spec if node is group[0] else own)
                 _insert(module, node, path)
-        live = reachable_from_inputs(module.graph)
-        for link in list(_links(module, live)):
-            if quantizer_of(module, link.node) is None and not _is_quantized(module, link.node):
-                spec = _spec(self.scheme, [link], self.batched)
-                _insert(module, link.node, _make(module, link.node, spec))
+        if self.scheme.output_bits is not None:
+            self._insert_all(module, _outputs(module, reachable_from_inputs(module.graph)))
+        self._insert_all(module, _links(module, reachable_from_inputs(module.graph)))
         return PassResult(module, modified=True)
+
+    def _insert_all(self, module: GraphModule, places: Iterator[_Place]) -> None:
+        """Insert a quantizer at every place, but where an earlier one has put it on a grid."""
+        for where in list(places):
+            node = where.node
+            if quantizer_of(module, node) is None and not _is_quantized(module, node):
+                spec = _spec(self.scheme, [where], self.batched)
+                _insert(module, node, _make(module, node, spec))
 
     def check(self, module: GraphModule) -> None:
         """Every factor of every compute node is on a grid."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cgmq_fx.cost_models.facts import Role
-from cgmq_fx.passes.grid import PASS_THROUGH, finest_step
+from cgmq_fx.passes.grid import PASS_THROUGH, finest_step, power_of_two_range
 from cgmq_fx.passes.kernel import Statistic, fake_quantize
 
 _INT32_CODES = 2147483520.0  # the largest float32 below 2^31
@@ -27,6 +27,7 @@ class QuantizerSpec:
         gate_shape: Shape of the gates, broadcastable against the tensor: () for one gate.
         range_shape: Shape of the range, broadcastable against the tensor.
         batched: Whether dimension 0 of the tensor is the batch.
+        power_of_two: Whether steps are powers of two: the one nearest to what the range asks for.
     """
 
     role: Role
@@ -35,6 +36,7 @@ class QuantizerSpec:
     gate_shape: tuple[int, ...] = ()
     range_shape: tuple[int, ...] = ()
     batched: bool = False
+    power_of_two: bool = False
 
 
 @final
@@ -69,11 +71,23 @@ class Quantizer(nn.Module):
         self.register_buffer("adjacent", None, persistent=False)
         self.register_buffer("probe", None, persistent=False)
 
+    @property
+    def limit(self) -> Tensor:
+        """The range that values are rounded and clipped with, differentiable.
+
+        Its shape is `spec.range_shape`; with steps of powers of two it depends on the bits, and is
+        what that and `spec.gate_shape` broadcast to.
+        """
+        limit = self.log_range.exp()
+        if not self.spec.power_of_two:
+            return limit
+        return power_of_two_range(limit, self.bits, self.signed)
+
     def forward(self, x: Tensor) -> Tensor:
         """The rounded tensor, of the same shape and dtype."""
         y: Tensor = fake_quantize(
             x,
-            self.log_range.exp(),
+            self.limit,
             self.bits,
             self.adjacent,
             self.probe if torch.is_grad_enabled() else None,
@@ -97,7 +111,8 @@ class Quantizer(nn.Module):
         """Role, sign and bit-widths."""
         sign = "signed" if self.signed else "unsigned"
         bits = self.bits.unique().tolist()
-        return f"{self.spec.role.value}, {sign}, bits={bits}, gates={self.bits.numel()}"
+        step = ", power_of_two" if self.spec.power_of_two else ""
+        return f"{self.spec.role.value}, {sign}, bits={bits}, gates={self.bits.numel()}{step}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -114,10 +129,11 @@ class BiasQuantizer(nn.Module):
     the one that runs. Straight-through gradient; where an operand is float, the bias passes.
     """
 
-    def __init__(self, input_signed: bool, weight_signed: bool) -> None:
+    def __init__(self, input_signed: bool, weight_signed: bool, power_of_two: bool = False) -> None:
         super().__init__()
         self.input_signed = input_signed
         self.weight_signed = weight_signed
+        self.power_of_two = power_of_two
 
     def forward(
         self,
@@ -137,17 +153,20 @@ class BiasQuantizer(nn.Module):
             weight_bits: Its bits.
         """
         with torch.no_grad():
-            step = finest_step(input_log_range, input_bits, self.input_signed).reshape(-1)
-            other = finest_step(weight_log_range, weight_bits, self.weight_signed).reshape(-1)
-            step = step * other
+            step = self._step(input_log_range, input_bits, self.input_signed)
+            step = step * self._step(weight_log_range, weight_bits, self.weight_signed)
             safe = torch.where(step > 0, step, torch.ones_like(step)).to(bias.dtype)
             codes = (bias / safe).round_().clamp_(-_INT32_CODES, _INT32_CODES)
             change = torch.where(step > 0, codes * safe - bias, torch.zeros_like(bias))
         return bias + change.detach()
 
+    def _step(self, log_range: Tensor, bits: Tensor, signed: bool) -> Tensor:
+        return finest_step(log_range, bits, signed, self.power_of_two).reshape(-1)
+
     def extra_repr(self) -> str:
-        """The signs of the two grids."""
-        return f"input_signed={self.input_signed}, weight_signed={self.weight_signed}"
+        """The signs of the two grids, and what their steps are."""
+        signs = f"input_signed={self.input_signed}, weight_signed={self.weight_signed}"
+        return f"{signs}, power_of_two" if self.power_of_two else signs
 
 
 @final

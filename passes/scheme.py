@@ -25,6 +25,8 @@ class Scheme:
         activations: Gates of activations: per tensor or per channel.
         weight_ranges: Ranges of weights: per tensor or per output channel.
         input_bits: Fixes the network's inputs at this bit-width; None lets the search decide.
+        output_bits: Quantizes the network's outputs too, at this bit-width; None leaves them.
+        power_of_two: Whether the steps of all grids are powers of two, so that scaling is a shift.
 
     Raises:
         OptionError: If a bit-width cannot be used, or a granularity makes no sense.
@@ -35,11 +37,14 @@ class Scheme:
     activations: Granularity = "tensor"
     weight_ranges: Granularity = "channel"
     input_bits: int | None = None
+    output_bits: int | None = None
+    power_of_two: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.bit_widths, tuple):
             raise OptionError(f"bit_widths must be a tuple, not {self.bit_widths!r}")
-        for bits in (*self.bit_widths, *([] if self.input_bits is None else [self.input_bits])):
+        ends = [bits for bits in (self.input_bits, self.output_bits) if bits is not None]
+        for bits in (*self.bit_widths, *ends):
             if type(bits) is not int or not allowed_bit_width(bits):
                 raise OptionError(
                     f"{bits!r} is no bit-width; use 0 (prune), 2 to 16, or 32 (float)"

@@ -14,6 +14,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"weights": "element", "activations": "channel", "weight_ranges": "tensor"},
     {"input_bits": 8},
     {"input_bits": 32},
+    {"output_bits": 8, "power_of_two": True},
 ]
 
 
@@ -24,7 +25,7 @@ def test_options_are_kept(options: dict[str, Any]) -> None:
 
 
 def test_the_defaults() -> None:
-    expected = Scheme((2, 4, 8, 16, 32), "tensor", "tensor", "channel", None)
+    expected = Scheme((2, 4, 8, 16, 32), "tensor", "tensor", "channel", None, None, False)
     assert Scheme() == expected
 
 
@@ -46,6 +47,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"bit_widths": (2, None)}, "None" + NO_WIDTH),
     ({"bit_widths": (False, 2)}, "False" + NO_WIDTH),
     ({"input_bits": 1}, "1" + NO_WIDTH),
+    ({"output_bits": 1}, "1" + NO_WIDTH),
     ({"input_bits": "8"}, "'8'" + NO_WIDTH),
     ({"input_bits": 8.0}, "8.0" + NO_WIDTH),
     (
