@@ -40,6 +40,7 @@ from cgmq_fx.cost_models.errors import (
     TargetError,
     TrainingError,
     UnknownCostError,
+    UnknownTargetError,
     UnsupportedModelError,
 )
 from cgmq_fx.directions import Direction
@@ -47,9 +48,11 @@ from cgmq_fx.driver import quantize
 from cgmq_fx.explanation import Explanation, explain
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.prepared import Prepared, prepare
+from cgmq_fx.presets import PRESETS, Preset
 from cgmq_fx.result import Result
 
 __all__ = [
+    "PRESETS",
     "ActivationMemory",
     "Arena",
     "ArtifactError",
@@ -79,6 +82,7 @@ __all__ = [
     "OptionError",
     "PassError",
     "Prepared",
+    "Preset",
     "Progress",
     "Result",
     "Scheme",
@@ -86,6 +90,7 @@ __all__ = [
     "TargetError",
     "TrainingError",
     "UnknownCostError",
+    "UnknownTargetError",
     "UnsupportedModelError",
     "WeightMemory",
     "explain",

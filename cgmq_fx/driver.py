@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.callbacks import Callback, Progress
-from cgmq_fx.cost_models import BudgetLike, Target, load_target, parse_budget
+from cgmq_fx.cost_models import BudgetLike, parse_budget
 from cgmq_fx.cost_models.errors import DataError, OptionError, TrainingError
 from cgmq_fx.data import (
     Batch,
@@ -33,7 +32,8 @@ from cgmq_fx.history import EpochRecord, History, StepRecord
 from cgmq_fx.passes.capture import ExampleInputs, device_of
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.scheme import Scheme
-from cgmq_fx.prepared import Prepared, float_graph, scheme_for
+from cgmq_fx.prepared import Prepared, float_graph
+from cgmq_fx.presets import TargetLike, deployment
 from cgmq_fx.result import Result
 from cgmq_fx.training import (
     Loss,
@@ -62,7 +62,7 @@ def quantize(
     example_inputs: Any = None,
     scheme: Scheme | None = None,
     direction: str | Direction = "marginal",
-    target: str | Path | Target | None = None,
+    target: TargetLike | None = None,
     optimizer: OptimizerFactory = default_optimizer,
     metric: Metric | None = None,
     callbacks: Sequence[Callback] = (),
@@ -83,7 +83,8 @@ def quantize(
         example_inputs: Inputs to trace with, if neither the data nor the model tells.
         scheme: Bit-widths and granularity; the default is one gate per tensor.
         direction: Which way gates move, by name or a `Direction`.
-        target: The chip that latency and energy are looked up for: a name, a file or a `Target`.
+        target: Where it is to run: a preset (`"onnxruntime"`, `"fpga"`, `"xnnpack"`, `"litert"`),
+            a chip for latency and energy (a name, a file or a `Target`), or a sequence of both.
         optimizer: Makes an optimizer of parameter groups.
         metric: `metric(output, target)` on validation data; accuracy where it applies by default.
         callbacks: Told about every step and epoch.
@@ -98,8 +99,9 @@ def quantize(
         CgmqError: With what is wrong and what to do: the budget cannot be read or cannot be met,
             the model cannot be captured, the data does not fit, or training diverged.
     """
-    chip = None if target is None else load_target(target)
-    parsed = parse_budget(budget, chip)
+    where = deployment(target)
+    chosen = where.scheme(scheme)
+    parsed = parse_budget(budget, where.chip)
     if not isinstance(epochs, int) or epochs < 0:
         raise OptionError(f"epochs must be a whole number, 0 or more, not {epochs!r}")
     if train_data is None and loss is not None:
@@ -114,9 +116,7 @@ def quantize(
             first_batch(val_data, "val_data")
         steps = epochs * batch_count(data)
         search = max(1, round(_SEARCH_SHARE * steps))
-        prepared = Prepared(
-            captured, parsed, scheme_for(scheme, chip), direction_of(direction), search
-        )
+        prepared = Prepared(captured, parsed, chosen, direction_of(direction), search)
         prepared.calibrate(data)
         listeners = [*callbacks, *([Progress()] if progress else [])]
         run = _Run(prepared, teacher, loss, metric, optimizer, steps, search, listeners)

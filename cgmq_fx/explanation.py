@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,10 +17,8 @@ from cgmq_fx.cost_models import (
     BudgetLike,
     Constraint,
     Ledger,
-    Target,
     check_cost_models,
     highest_bits,
-    load_target,
     lowest_bits,
     parse_budget,
     uniform_bits,
@@ -29,7 +26,8 @@ from cgmq_fx.cost_models import (
 from cgmq_fx.cost_models.preflight import dominating
 from cgmq_fx.data import example_inputs_of
 from cgmq_fx.passes.scheme import Scheme
-from cgmq_fx.prepared import float_graph, quantized_graph, scheme_for
+from cgmq_fx.prepared import float_graph, quantized_graph
+from cgmq_fx.presets import TargetLike, deployment
 
 _WIDTH = 120
 UNIFORM = (2, 4, 8)
@@ -126,7 +124,7 @@ def explain(
     example_inputs: Any = None,
     *,
     scheme: Scheme | None = None,
-    target: str | Path | Target | None = None,
+    target: TargetLike | None = None,
 ) -> Explanation:
     """Say what a budget asks of a model, without training; print it for a table.
 
@@ -135,7 +133,7 @@ def explain(
         budget: The bounds.
         example_inputs: As for `prepare`.
         scheme: Bit-widths and granularity.
-        target: The chip that latency and energy are looked up for.
+        target: As for `prepare`: a preset, a chip, or both.
 
     Returns:
         For every constraint its floor, ceiling, uniform values and what dominates it.
@@ -143,10 +141,11 @@ def explain(
     Raises:
         CgmqError: As for `prepare`, but an infeasible budget is explained, not raised.
     """
-    chip = None if target is None else load_target(target)
-    parsed = parse_budget(budget, chip)
+    where = deployment(target)
+    chosen = where.scheme(scheme)
+    parsed = parse_budget(budget, where.chip)
     inputs = example_inputs_of(model, example_inputs, None, supervised=False)
-    _, facts = quantized_graph(float_graph(model, inputs), scheme_for(scheme, chip))
+    _, facts = quantized_graph(float_graph(model, inputs), chosen)
     check_cost_models(facts, parsed)
     floor = Ledger(facts, parsed, lowest_bits(facts))
     ceiling = Ledger(facts, parsed, highest_bits(facts))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,10 +17,8 @@ from cgmq_fx.cost_models import (
     ConstraintState,
     GraphFacts,
     Ledger,
-    Target,
     check_cost_models,
     check_feasible,
-    load_target,
     lowest_bits,
     parse_budget,
 )
@@ -36,7 +33,6 @@ from cgmq_fx.passes.capture import Captured, ExampleInputs, capture, device_of
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.decompose import DecomposeComposite
 from cgmq_fx.passes.freeze import Freeze
-from cgmq_fx.passes.grid import DEFAULT_BIT_WIDTHS
 from cgmq_fx.passes.infra import run_passes
 from cgmq_fx.passes.insert import QUANTIZERS, InsertQuantizers
 from cgmq_fx.passes.normalise import (
@@ -50,6 +46,7 @@ from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.passes.shapes import PropagateShapes
 from cgmq_fx.passes.wrappers import InlineRegions
+from cgmq_fx.presets import TargetLike, deployment
 from cgmq_fx.result import Result
 from cgmq_fx.verify import verify
 
@@ -209,13 +206,6 @@ def quantized_graph(captured: Captured, scheme: Scheme) -> tuple[GraphModule, Gr
     return module, annotate(module, batch or 1)
 
 
-def scheme_for(scheme: Scheme | None, target: Target | None) -> Scheme:
-    """The scheme given, else the default one, without bit-widths that the target must split."""
-    if scheme is not None or target is None:
-        return scheme or Scheme()
-    return Scheme(tuple(b for b in DEFAULT_BIT_WIDTHS if b <= target.widest))
-
-
 def prepare(
     model: nn.Module | ExportedProgram,
     budget: BudgetLike,
@@ -224,7 +214,7 @@ def prepare(
     scheme: Scheme | None = None,
     search_steps: int = DEFAULT_SEARCH_STEPS,
     direction: str | Direction = "marginal",
-    target: str | Path | Target | None = None,
+    target: TargetLike | None = None,
 ) -> Prepared:
     """Prepare a model for a training loop of one's own.
 
@@ -236,7 +226,8 @@ def prepare(
         scheme: Bit-widths and granularity; the default is one gate per tensor.
         search_steps: Steps for which gates move; the bound is reached within half of them.
         direction: Which way gates move, by name or a `Direction`.
-        target: The chip that latency and energy are looked up for: a name, a file or a `Target`.
+        target: Where it is to run: a preset (`"onnxruntime"`, `"fpga"`, `"xnnpack"`, `"litert"`),
+            a chip for latency and energy (a name, a file or a `Target`), or a sequence of both.
 
     Returns:
         The prepared model.
@@ -248,10 +239,11 @@ def prepare(
         UnsupportedModelError: If nothing in it can be quantized.
         DataError: If the input shapes cannot be known.
         TargetError: If the target cannot be read.
+        OptionError: If the scheme asks for what the target cannot execute.
     """
-    chip = None if target is None else load_target(target)
-    parsed = parse_budget(budget, chip)
+    where = deployment(target)
+    chosen = where.scheme(scheme)
+    parsed = parse_budget(budget, where.chip)
     inputs = example_inputs_of(model, example_inputs, None, supervised=False)
     captured = float_graph(model, inputs)
-    chosen = scheme_for(scheme, chip)
     return Prepared(captured, parsed, chosen, direction_of(direction), search_steps)

@@ -31,6 +31,10 @@ class TargetError(CgmqError, ValueError):
     """A target cannot be read, or has no figure for what is asked."""
 
 
+class UnknownTargetError(TargetError):
+    """A target is asked for by a name that nothing has."""
+
+
 class OptionError(CgmqError, ValueError):
     """An option of the public API has a value that makes no sense."""
 

@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from cgmq_fx.cost_models.errors import TargetError
+from cgmq_fx.cost_models.errors import TargetError, UnknownTargetError
 from cgmq_fx.cost_models.facts import FLOAT_BITS, NodeFacts
 
 _MAX_FILE = 1 << 20
@@ -161,7 +161,7 @@ def load_target(target: str | Path | Target) -> Target:
     except (OSError, TypeError, ValueError) as error:
         raise TargetError(f"cannot read the target {str(target)[:200]!r}: {error}") from error
     if size is None:
-        raise TargetError(
+        raise UnknownTargetError(
             f"there is no target {str(target)!r}; shipped are {', '.join(target_names())}, or give "
             "the path of a JSON file"
         )

@@ -40,6 +40,17 @@ def test_targets_are_listed_with_their_source() -> None:
         ((*LENET, "--budget", "bops <= 0.3%"), 1, "infeasible: bops cannot be met"),
         ((*LENET, "--budget", "bops <= 0.4%", "--input-bits", "8"), 1, "0.517%"),
         ((*LENET, "--budget", "latency <= 9 s", "--target", "cortex-m7"), 0, "latency <= 9 second"),
+        ((*LENET, "--budget", "bops <= 9%", "--target", "fpga"), 0, "6.250%"),
+        (
+            (*LENET, "--budget", "latency<=9s", "--target", "fpga", "--target", "mpic"),
+            0,
+            "feasible",
+        ),
+        (
+            (*LENET, "--budget", "bops <= 9%", "--target", "fpga", "--weights", "channel"),
+            2,
+            "the target fpga cannot execute weights='channel'",
+        ),
         ((*LENET, "--budget", "bops <= 9%", "--bit-widths", "4,8"), 0, "1.562%"),
         ((*LENET, "--budget", "latency <= 9 s"), 2, "pass target="),
         ((*LENET, "--budget", "bops 3"), 2, "cannot read 'bops 3'"),

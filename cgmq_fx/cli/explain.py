@@ -19,7 +19,12 @@ from cgmq_fx.cli.loading import load_model, tensor
     multiple=True,
     help="Shape of an input, as 1x3x32x32 or 1x16:int64; repeatable.",
 )
-@click.option("--target", help="The chip for latency and energy: a name or a JSON file.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="Where it is to run: a preset, or a chip by name or JSON file; both if repeated.",
+)
 @click.option("--bit-widths", help="The bit-widths that may be used, as 2,4,8.")
 @click.option("--weights", type=click.Choice(["tensor", "channel", "element"]), default="tensor")
 @click.option("--activations", type=click.Choice(["tensor", "channel"]), default="tensor")
@@ -29,7 +34,7 @@ def command(
     model: str,
     budget: str,
     shapes: tuple[str, ...],
-    target: str | None,
+    targets: tuple[str, ...],
     bit_widths: str | None,
     weights: str,
     activations: str,
@@ -44,16 +49,14 @@ def command(
     Example:
         cgmq-fx explain torchvision.models:resnet18 --input 1x3x224x224 --budget "bops <= 2%"
     """  # noqa: D301 - click wants the backspace
-    from cgmq_fx.cost_models.target import load_target
     from cgmq_fx.explanation import explain
+    from cgmq_fx.passes.grid import DEFAULT_BIT_WIDTHS
     from cgmq_fx.passes.scheme import Scheme
-    from cgmq_fx.prepared import scheme_for
 
-    chip = None if target is None else load_target(target)
-    widths = scheme_for(None, chip).bit_widths if bit_widths is None else numbers(bit_widths, ",")
+    widths = DEFAULT_BIT_WIDTHS if bit_widths is None else numbers(bit_widths, ",")
     scheme = Scheme(widths, weights, activations, input_bits=input_bits)  # type: ignore[arg-type]
     inputs = tuple(tensor(shape) for shape in shapes) or None
-    found = explain(load_model(model), budget, inputs, scheme=scheme, target=chip)
+    found = explain(load_model(model), budget, inputs, scheme=scheme, target=targets)
     click.echo(str(found))
     if not found.feasible:
         raise SystemExit(INFEASIBLE)

@@ -10,7 +10,10 @@ from cgmq_fx.cli.common import reported
 @click.command("targets")
 @reported
 def command() -> None:
-    """List the chips that come with the library, and where their figures are from.
+    """List the presets and chips that come with the library: what --target takes.
+
+    A preset says what a runtime can execute; a chip says what its operations cost, with the source
+    of every figure.
 
     \b
     Example:
@@ -21,8 +24,12 @@ def command() -> None:
     from rich.table import Table
 
     from cgmq_fx.cost_models.target import load_target, target_names
+    from cgmq_fx.presets import PRESETS
 
-    table = Table("target", "runs (weights x activations)", "knows", "what and source")
+    runtimes = Table("preset", "exports to", "what")
+    for preset in PRESETS.values():
+        runtimes.add_row(preset.name, ", ".join(preset.formats), escape(preset.description))
+    table = Table("chip", "runs (weights x activations)", "knows", "what and source")
     for name in target_names():
         target = load_target(name)
         rows = [row for rows in target.tables.values() for row in rows]
@@ -37,4 +44,6 @@ def command() -> None:
         ]
         text = f"{target.description} {target.source}"
         table.add_row(name, ", ".join(pairs), ", ".join(known), escape(text))
-    Console().print(table)
+    console = Console()
+    console.print(runtimes)
+    console.print(table)

@@ -1,0 +1,201 @@
+"""Deployment presets: what a runtime can execute, and so what must be trained.
+
+A target answers two questions. What can run: a preset, from the table here. What it costs: a chip,
+from a JSON file. `target=` takes the name of either, the path of a chip's file, or one of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from cgmq_fx.cost_models import Target, load_target, target_names
+from cgmq_fx.cost_models.errors import OptionError, UnknownTargetError
+from cgmq_fx.passes.scheme import Granularity, Scheme
+
+_CONTAINER = tuple(range(2, 9))
+"""Bit-widths of codes that a runtime with 8-bit tensors holds."""
+
+_DEFAULTS = Scheme()
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """What a runtime can execute. A model quantized under it can be exported to its formats.
+
+    Attributes:
+        name: What `target=` calls it.
+        description: One sentence.
+        formats: The formats of `Result.export` that it guarantees.
+        scheme: What is trained where the user says nothing; each field that is not the default one
+            is needed.
+        widths: The bit-widths that tensors may have; empty for any.
+        weights: The granularities that gates of weights may have.
+        channels_last: Whether images enter the exported model with their channels last.
+    """
+
+    name: str
+    description: str
+    formats: tuple[str, ...]
+    scheme: Scheme
+    widths: tuple[int, ...] = _CONTAINER
+    weights: tuple[Granularity, ...] = ("tensor", "channel", "element")
+    channels_last: bool = False
+
+    def apply(self, given: Scheme | None) -> Scheme:
+        """The scheme to train: what is given, and the preset's own where that is at its default.
+
+        Raises:
+            OptionError: Naming the option that the runtime cannot execute, and what it can.
+        """
+        chosen = given or _DEFAULTS
+        own = {
+            field.name: getattr(self.scheme, field.name)
+            for field in fields(Scheme)
+            if getattr(chosen, field.name) == getattr(_DEFAULTS, field.name)
+        }
+        chosen = replace(chosen, **own)
+        if self.widths:
+            self._check(chosen)
+        return chosen
+
+    def _check(self, scheme: Scheme) -> None:
+        ends = [bits for bits in (scheme.input_bits, scheme.output_bits) if bits is not None]
+        wide = sorted({*scheme.bit_widths, *ends} - {*self.widths})
+        if wide:
+            listed = ", ".join(map(str, wide))
+            raise self._refused(f"{listed} bits", f"{self.widths[0]} to {self.widths[-1]} bits")
+        if scheme.weights not in self.weights:
+            raise self._refused(f"weights={scheme.weights!r}", f"weights of {self.weights}")
+        needed = [("activations", "tensor")]
+        if self.scheme.weight_ranges == "tensor":
+            needed.append(("weight_ranges", "tensor"))
+        for name, value in needed:
+            if getattr(scheme, name) != value:
+                raise self._refused(f"{name}={getattr(scheme, name)!r}", f"{name}={value!r}")
+        shared = scheme.weights == "element" or scheme.weight_ranges == "tensor" != scheme.weights
+        if shared and not scheme.power_of_two and not _nest(scheme.bit_widths):
+            raise self._refused(
+                f"bit_widths={scheme.bit_widths} within one range",
+                "widths that divide each other there, such as (2, 4, 8), or power_of_two=True",
+            )
+
+    def _refused(self, what: str, instead: str) -> OptionError:
+        return OptionError(f"the target {self.name} cannot execute {what}; it takes {instead}")
+
+
+def _nest(widths: Sequence[int]) -> bool:
+    """Whether every grid is part of the next finer one: 2^a - 1 divides 2^b - 1 iff a divides b."""
+    return all(b % a == 0 for a, b in pairwise(widths))
+
+
+_INTEGER = Scheme(bit_widths=(2, 4, 8), output_bits=8)
+_SHIFTS = replace(_INTEGER, weight_ranges="tensor", power_of_two=True)
+
+NONE = Preset("none", "No runtime in mind: everything may be used.", (), _DEFAULTS, ())
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "onnxruntime",
+            "ONNX Runtime on its integer kernels: 8-bit tensors, weights per channel.",
+            ("onnx",),
+            _INTEGER,
+        ),
+        Preset(
+            "fpga",
+            "FPGAs through hls4ml: steps of powers of two, one per weight tensor.",
+            ("qonnx",),
+            _SHIFTS,
+            weights=("tensor",),
+        ),
+        Preset(
+            "xnnpack",
+            "ExecuTorch with XNNPACK, on Arm and x86 processors: 8-bit tensors.",
+            ("executorch",),
+            _INTEGER,
+        ),
+        Preset(
+            "litert",
+            "LiteRT (TensorFlow Lite): 8-bit tensors, images with channels last.",
+            ("litert",),
+            _INTEGER,
+            channels_last=True,
+        ),
+        NONE,
+    )
+}
+"""The presets by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """Where a model is to run.
+
+    Attributes:
+        preset: What the runtime can execute.
+        chip: What the chip's operations cost, or None.
+    """
+
+    preset: Preset = NONE
+    chip: Target | None = None
+
+    def scheme(self, given: Scheme | None) -> Scheme:
+        """The scheme to train: the preset's, without bit-widths that the chip would have to split.
+
+        Bit-widths that the user names are taken as they are.
+
+        Raises:
+            OptionError: If the scheme and the preset contradict each other.
+        """
+        chosen = self.preset.apply(given)
+        if self.chip is None or (given or _DEFAULTS).bit_widths != _DEFAULTS.bit_widths:
+            return chosen
+        return replace(chosen, bit_widths=_fitting(chosen.bit_widths, self.chip.widest))
+
+
+def _fitting(widths: tuple[int, ...], widest: int) -> tuple[int, ...]:
+    return tuple(b for b in widths if b <= widest) or widths[:1]
+
+
+TargetLike: TypeAlias = str | Path | Target | Preset | Sequence[str | Path | Target | Preset]
+"""What `target=` takes."""
+
+
+def deployment(target: TargetLike | None) -> Deployment:
+    """What `target=` means: a preset, a chip, or one of each.
+
+    Raises:
+        TargetError: If there is no such preset or chip, or its file cannot be read.
+        OptionError: If there are two presets or two chips.
+    """
+    several = isinstance(target, Sequence) and not isinstance(target, str)
+    entries: Any = target if several else [] if target is None else [target]
+    found = [_one(entry) for entry in entries]
+    presets = [one for one in found if isinstance(one, Preset)]
+    chips = [one for one in found if isinstance(one, Target)]
+    for kind, group in (("presets", presets), ("chips", chips)):
+        if len(group) > 1:
+            names = " and ".join(one.name for one in group)
+            raise OptionError(f"target= takes one preset and one chip; {names} are two {kind}")
+    return Deployment(presets[0] if presets else NONE, chips[0] if chips else None)
+
+
+def _one(entry: Any) -> Preset | Target:
+    if isinstance(entry, Preset | Target):
+        return entry
+    if isinstance(entry, str) and entry in PRESETS:
+        return PRESETS[entry]
+    if not isinstance(entry, str | Path):
+        raise OptionError(f"target= takes names, files, presets and targets, not {entry!r}")
+    try:
+        return load_target(entry)
+    except UnknownTargetError:
+        raise UnknownTargetError(
+            f"there is no target {str(entry)!r}; presets are {', '.join(PRESETS)}, chips are "
+            f"{', '.join(target_names())}, or give the path of a chip's JSON file"
+        ) from None

@@ -1,0 +1,175 @@
+"""Deployment presets: what they train, what they refuse, and how they go with chips."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import cgmq_fx
+from cgmq_fx import PRESETS, OptionError, Preset, Scheme, TargetError
+from cgmq_fx.cli import main
+from cgmq_fx.cost_models import load_target, target_names
+from cgmq_fx.presets import NONE, deployment
+from tests.nets import quantizers, small_classifier
+
+RUNTIMES = [name for name in PRESETS if name != "none"]
+
+
+def test_these_presets_exist() -> None:
+    assert list(PRESETS) == ["onnxruntime", "fpga", "xnnpack", "litert", "none"]
+    assert not set(PRESETS) & set(target_names())
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_runtime_has_tensors_of_8_bits_from_end_to_end(name: str) -> None:
+    scheme = PRESETS[name].apply(None)
+    assert scheme.bit_widths == (2, 4, 8)
+    assert (scheme.activations, scheme.output_bits) == ("tensor", 8)
+    assert scheme == PRESETS[name].scheme
+
+
+def test_only_an_fpga_asks_for_shifts() -> None:
+    shifts = {name for name in PRESETS if PRESETS[name].apply(None).power_of_two}
+    single = {name for name in PRESETS if PRESETS[name].apply(None).weight_ranges == "tensor"}
+    assert shifts == single == {"fpga"}
+
+
+def test_none_changes_nothing() -> None:
+    given = Scheme((2, 32), "element", "channel", "tensor", 16)
+    assert NONE.apply(None) == Scheme()
+    assert NONE.apply(given) == given
+
+
+# What the user names is kept, what is left at its default follows the preset.
+KEPT: list[tuple[str, dict[str, Any]]] = [
+    ("onnxruntime", {"bit_widths": (2, 3, 8)}),
+    ("onnxruntime", {"weights": "channel", "input_bits": 8}),
+    ("onnxruntime", {"weights": "element"}),
+    ("xnnpack", {"weight_ranges": "tensor", "power_of_two": True}),
+    ("xnnpack", {"weights": "element", "bit_widths": (2, 3, 8), "power_of_two": True}),
+    ("litert", {"bit_widths": (8,), "output_bits": 4}),
+    ("fpga", {"bit_widths": (3, 5), "input_bits": 6}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), KEPT)
+def test_an_option_that_the_runtime_executes_is_kept(name: str, options: dict[str, Any]) -> None:
+    assert PRESETS[name].apply(Scheme(**options)) == replace(PRESETS[name].scheme, **options)
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("onnxruntime", {"bit_widths": (2, 8, 16)}, "execute 16 bits; it takes 2 to 8 bits"),
+    ("xnnpack", {"bit_widths": (8, 32)}, "execute 32 bits"),
+    ("litert", {"bit_widths": (0, 8)}, "execute 0 bits"),
+    ("fpga", {"input_bits": 32}, "execute 32 bits"),
+    ("xnnpack", {"output_bits": 16}, "execute 16 bits"),
+    ("onnxruntime", {"activations": "channel"}, "activations='channel'; .* activations='tensor'"),
+    ("fpga", {"weights": "channel"}, r"weights='channel'; it takes weights of \('tensor',\)"),
+    ("litert", {"weights": "element", "bit_widths": (3, 8)}, r"\(3, 8\) within one range"),
+    (
+        "litert",
+        {"weights": "channel", "weight_ranges": "tensor", "bit_widths": (2, 3)},
+        "widths that divide each other there",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), REFUSED)
+def test_an_option_that_contradicts_is_refused(
+    name: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(OptionError, match=f"^the target {name} cannot .*{message}"):
+        PRESETS[name].apply(Scheme(**options))
+
+
+MINE = Preset("mine", "My chip.", (), Scheme((4, 8)), widths=(4, 8))
+CHIP = load_target("cortex-m7")
+FILE = Path(__file__).parents[1] / "cost_models" / "targets" / "mpic.json"
+
+MEANINGS: list[tuple[Any, str, str | None]] = [
+    (None, "none", None),
+    ((), "none", None),
+    ("none", "none", None),
+    ("fpga", "fpga", None),
+    ("cortex-m7", "none", "cortex-m7"),
+    (CHIP, "none", "cortex-m7"),
+    (FILE, "none", "mpic"),
+    (str(FILE), "none", "mpic"),
+    (MINE, "mine", None),
+    (("litert", "cortex-m7"), "litert", "cortex-m7"),
+    ([FILE, "xnnpack"], "xnnpack", "mpic"),
+    ([MINE], "mine", None),
+]
+
+
+@pytest.mark.parametrize(("target", "preset", "chip"), MEANINGS)
+def test_what_a_target_means(target: Any, preset: str, chip: str | None) -> None:
+    found = deployment(target)
+    assert found.preset.name == preset
+    assert (found.chip and found.chip.name) == chip
+
+
+WRONG: list[tuple[Any, type[Exception], str]] = [
+    ("z80", cgmq_fx.UnknownTargetError, "no target 'z80'; presets are onnxruntime, fpga, .*chips"),
+    (("fpga", "z80"), TargetError, "no target 'z80'"),
+    (("fpga", "litert"), OptionError, "fpga and litert are two presets"),
+    (["mpic", CHIP], OptionError, "mpic and cortex-m7 are two chips"),
+    (8, OptionError, "takes names, files, presets and targets, not 8"),
+    ([None], OptionError, "not None"),
+]
+
+
+@pytest.mark.parametrize(("target", "error", "message"), WRONG)
+def test_no_target(target: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        deployment(target)
+
+
+def test_a_chip_takes_away_what_it_would_split() -> None:
+    assert deployment("cortex-m7").scheme(None).bit_widths == (2, 4, 8)
+    assert deployment("cortex-m7").scheme(Scheme((2, 16))).bit_widths == (2, 16)
+    both = deployment(("fpga", "cortex-m7")).scheme(Scheme(weights="tensor"))
+    assert both == PRESETS["fpga"].scheme
+
+
+def test_quantize_trains_under_a_preset() -> None:
+    result = cgmq_fx.quantize(
+        small_classifier(),
+        "bops <= 5%",
+        example_inputs=torch.rand(4, 3),
+        epochs=0,
+        target="fpga",
+        progress=False,
+    )
+    own = quantizers(result.model)
+    assert len(own) == 5  # two inputs, two weights, one output
+    assert all(q.spec.power_of_two and q.log_range.numel() == 1 for q in own.values())
+    assert all(int(q.bits.max()) <= 8 for q in own.values())
+
+
+def test_prepare_trains_under_a_preset_and_counts_a_chip() -> None:
+    prepared = cgmq_fx.prepare(
+        small_classifier(), "latency <= 1 s", torch.rand(2, 3), target=("litert", "cortex-m7")
+    )
+    assert {q.spec.bit_widths for q in quantizers(prepared.model).values()} == {(2, 4, 8), (8,)}
+
+
+def test_explain_counts_what_a_preset_allows() -> None:
+    ceilings = [
+        cgmq_fx.explain(small_classifier(), "bops <= 100%", torch.rand(2, 3), target=target)
+        .ranges[0]
+        .ceiling
+        for target in ("none", "xnnpack")
+    ]
+    assert ceilings[1] == ceilings[0] / 16  # 8 x 8 bits instead of 32 x 32
+
+
+def test_the_command_line_lists_both() -> None:
+    listed = CliRunner().invoke(main, ["targets"], env={"COLUMNS": "140"})
+    assert listed.exit_code == 0
+    assert all(name in listed.output for name in (*PRESETS, *target_names()))
