@@ -4,7 +4,7 @@ No module may be called like a public name: `cgmq_fx.explain` has to be the func
 """
 
 from cgmq_fx.artifact import load
-from cgmq_fx.callbacks import Callback, Progress
+from cgmq_fx.callbacks import Callback
 from cgmq_fx.cost_models import (
     ActivationMemory,
     Arena,
@@ -49,6 +49,7 @@ from cgmq_fx.explanation import Explanation, explain
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.prepared import Prepared, prepare
 from cgmq_fx.presets import PRESETS, Preset
+from cgmq_fx.progress import Progress
 from cgmq_fx.result import Result
 
 __all__ = [

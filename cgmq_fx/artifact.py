@@ -214,7 +214,13 @@ def _input_from_json(data: Mapping[str, Any]) -> Any:
 
 def _history(data: Mapping[str, Any]) -> History:
     steps = [
-        StepRecord(int(r["step"]), int(r["steps"]), _phase(r["phase"]), _numbers(r["costs"]))
+        StepRecord(
+            int(r["step"]),
+            int(r["steps"]),
+            _phase(r["phase"]),
+            _numbers(r["costs"]),
+            None if r.get("loss") is None else float(r["loss"]),
+        )
         for r in data["steps"]
     ]
     epochs = [

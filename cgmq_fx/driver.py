@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils import _pytree as pytree
 
-from cgmq_fx.callbacks import Callback, Progress
+from cgmq_fx.callbacks import Callback
 from cgmq_fx.cost_models import BudgetLike, parse_budget
 from cgmq_fx.cost_models.errors import DataError, OptionError, TrainingError
 from cgmq_fx.data import (
@@ -34,6 +35,7 @@ from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.prepared import Prepared, float_graph
 from cgmq_fx.presets import TargetLike, deployment
+from cgmq_fx.progress import Progress
 from cgmq_fx.result import Result
 from cgmq_fx.training import (
     Loss,
@@ -217,9 +219,11 @@ class _Run:
     def _step(self, batch: Batch) -> Tensor:
         number = len(self.history.steps)
         value = self._loss(self._call(self.model, batch.inputs), batch)
-        if (self.device.type == "cpu" or number % _CHECK_EVERY == 0) and not bool(value.isfinite()):
+        read = self.device.type == "cpu" or number % _CHECK_EVERY == 0
+        loss = float(value.detach()) if read else None
+        if loss is not None and not isfinite(loss):
             raise TrainingError(
-                f"the loss became {float(value.detach())} at step {number + 1} of {self.steps} "
+                f"the loss became {loss} at step {number + 1} of {self.steps} "
                 f"(phase {self.prepared.phase}); check the data for values that are not finite, or "
                 "pass an optimizer= with a smaller learning rate"
             )
@@ -230,7 +234,7 @@ class _Run:
         self.optimizer.step()
         self.scheduler.step()
         self.prepared.step()
-        record = StepRecord(number, self.steps, self.prepared.phase, self._costs())
+        record = StepRecord(number, self.steps, self.prepared.phase, self._costs(), loss)
         self.history.steps.append(record)
         for listener in self.listeners:
             listener.on_step(record)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from io import StringIO
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
@@ -28,8 +27,10 @@ from cgmq_fx.data import example_inputs_of
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.prepared import float_graph, quantized_graph
 from cgmq_fx.presets import TargetLike, deployment
+from cgmq_fx.terminal import columns, fitting, text_of
 
 _WIDTH = 120
+_EXACT = 1e4
 UNIFORM = (2, 4, 8)
 
 
@@ -86,25 +87,23 @@ class Explanation:
         return all(entry.feasible for entry in self.ranges)
 
     def __str__(self) -> str:
+        width = columns(_WIDTH)
+        table = fitting(self._table, [f"{bits} bits" for bits in UNIFORM])
+        return text_of([table, *self._footer()], width)
+
+    def _table(self, details: Sequence[str]) -> Table:
         table = Table(title="What the budget asks for", title_justify="left")
-        table.add_column("constraint", overflow="fold")
-        for column in ("floor", *(f"{bits} bits" for bits in UNIFORM), "ceiling"):
+        table.add_column("constraint", overflow="fold", min_width=16)
+        for column in ("floor", *details, "ceiling"):
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("feasible")
-        table.add_column("floor dominated by", overflow="fold")
         for entry in self.ranges:
-            values = [entry.floor, *entry.uniform.values(), entry.ceiling]
+            uniform = {f"{bits} bits": value for bits, value in entry.uniform.items()}
+            values = [entry.floor, *(uniform[detail] for detail in details), entry.ceiling]
             verdict = "no" if not entry.feasible else "always" if entry.free else "yes"
-            shown = [_amount(entry, value) for value in values]
-            table.add_row(
-                escape(str(entry.constraint)), *shown, verdict, escape(entry.dominated_by)
-            )
-        buffer = StringIO()
-        console = Console(file=buffer, width=_WIDTH, color_system=None)
-        console.print(table)
-        for line in self._footer():
-            console.print(line, markup=False, highlight=False)
-        return buffer.getvalue().rstrip()
+            amounts = [_amount(entry, value) for value in values]
+            table.add_row(escape(str(entry.constraint)), *amounts, verdict)
+        return table
 
     def _footer(self) -> list[str]:
         if self.feasible:
@@ -112,7 +111,8 @@ class Explanation:
         else:
             broken = ", ".join(e.constraint.name for e in self.ranges if not e.feasible)
             verdict = f"infeasible: {broken} cannot be met with the allowed bit-widths"
-        lines = [verdict]
+        floors = [f"floor of {e.constraint.name}: {e.dominated_by}" for e in self.ranges]
+        lines = [verdict, *floors]
         if self.unknown:
             lines.append(f"not counted (unknown ops): {', '.join(self.unknown)}")
         return [*lines, f"({CONVENTION})"]
@@ -167,4 +167,4 @@ def explain(
 def _amount(entry: ConstraintRange, value: float) -> str:
     if entry.constraint.bound.relative:
         return f"{value / entry.limit * entry.constraint.bound.value:.3%}"
-    return f"{value:,.5g}"
+    return f"{value:,.0f}" if value >= _EXACT else f"{value:,.5g}"

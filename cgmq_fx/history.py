@@ -18,12 +18,14 @@ class StepRecord:
         steps: Steps in total.
         phase: What the driver is doing.
         costs: The cost of every constraint after the step, as a share of its bound.
+        loss: The training loss, where it was read: always on the CPU, else now and then.
     """
 
     step: int
     steps: int
     phase: Phase
     costs: tuple[float, ...]
+    loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

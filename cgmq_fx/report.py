@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
-from io import StringIO
-from shutil import get_terminal_size
+from functools import partial
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,9 +15,11 @@ from cgmq_fx.cost_models import FLOAT_BITS, ConstraintState, NodeFacts, Operand
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.result import Result
+from cgmq_fx.terminal import columns, fitting, text_of
 
-_MIN_WIDTH = 110
-_MAX_WIDTH = 1000
+_COLUMNS = ("layer", "op", "output", "W bits", "W range", "A bits", "A range", "MACs")
+_DETAILS = ("MACs", "op", "output", "A range", "W range")
+"""Columns that a narrow terminal does without, the last first."""
 
 
 def as_dict(result: Result) -> dict[str, Any]:
@@ -54,30 +55,30 @@ def as_dict(result: Result) -> dict[str, Any]:
 
 
 def render(result: Result) -> str:
-    """The result as text: the compute nodes, the other quantizers, then the constraints."""
-    buffer = StringIO()
-    width = max(_MIN_WIDTH, get_terminal_size((_MIN_WIDTH, 24)).columns)
-    console = Console(file=buffer, width=width, color_system=None)
-    table = _node_table(result)
-    needed = console.measure(table, options=console.options.update_width(_MAX_WIDTH)).maximum
-    console.width = max(width, needed)  # numbers are never cut off
-    console.print(table)
-    others = _other_quantizers(result)
-    if others:
-        console.print(_quantizer_table(result, others))
-    for line in _footer(result):
-        console.print(line, markup=False, highlight=False)
-    return buffer.getvalue().rstrip()
+    """The result as text: the compute nodes, the other quantizers, then the constraints.
+
+    It is as wide as the terminal, from 80 columns on: where that is narrow, ranges and other
+    details are left out. Numbers are never cut off.
+    """
+    width = columns()
+    tables = [fitting(partial(_node_table, result), _DETAILS)]
+    if others := _other_quantizers(result):
+        tables.append(_quantizer_table(result, others))
+    return text_of([*tables, *_footer(result)], width)
 
 
-def _node_table(result: Result) -> Table:
+def _node_table(result: Result, details: Sequence[str]) -> Table:
     """A row per compute node, with its share of every cost that is a sum over nodes."""
     report = result.cost
     table = Table(title=escape(f"Quantized under {result.budget}"), title_justify="left")
-    table.add_column("layer", overflow="fold", min_width=12, max_width=32)
-    table.add_column("op", overflow="fold", max_width=20)
-    for column in ("output", "W bits", "W range", "A bits", "A range", "MACs"):
-        table.add_column(column, justify="right", no_wrap=column != "output")
+    shown = [c for c in _COLUMNS if c not in _DETAILS or c in details]
+    for column in shown:
+        if column == "layer":
+            table.add_column(column, overflow="fold", min_width=12, max_width=32)
+        elif column == "op":
+            table.add_column(column, overflow="fold", max_width=20)
+        else:
+            table.add_column(column, justify="right", no_wrap=column != "output")
     sums = [i for i, state in enumerate(report.states) if state.constraint.model.additive]
     for index in sums:
         name = report.states[index].constraint.name
@@ -86,7 +87,8 @@ def _node_table(result: Result) -> Table:
     for row, node in enumerate(report.nodes):
         if node.operands:
             shares = [f"{report.per_node[i][row] / totals[i]:.1%}" for i in sums]
-            table.add_row(*map(escape, _row(result, node)), *shares)
+            cells = dict(zip(_COLUMNS, _row(result, node), strict=True))
+            table.add_row(*(escape(cells[c]) for c in shown), *shares)
     return table
 
 

@@ -150,10 +150,14 @@ class ConstraintState:
         """The cost as a share of the reference (0 where that costs nothing)."""
         return self.value / self.reference if self.reference else 0.0
 
-    def __str__(self) -> str:
-        sign = "<=" if self.satisfied else "> (VIOLATED)"
+    @property
+    def amounts(self) -> tuple[str, str, str]:
+        """Name, cost and bound as text: shares of the reference, or amounts with a unit."""
         name, unit = self.constraint.name, self.constraint.model.unit
         if self.constraint.bound.relative:
-            bound = self.constraint.bound.value
-            return f"{name} {self.relative:.4%} {sign} {bound:.4%}"
-        return f"{name} {self.value:.6g} {sign} {self.limit:.6g} {unit}"
+            return name, f"{self.relative:.4%}", f"{self.constraint.bound.value:.4%}"
+        return name, f"{self.value:.6g}", f"{self.limit:.6g} {unit}".rstrip()
+
+    def __str__(self) -> str:
+        name, value, bound = self.amounts
+        return f"{name} {value} {'<=' if self.satisfied else '> (VIOLATED)'} {bound}"

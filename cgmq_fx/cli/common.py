@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import sys
+import textwrap
 from collections.abc import Callable
 from functools import wraps
+from shutil import get_terminal_size
 from typing import ParamSpec
 
 import click
 
 INFEASIBLE = 1
-"""Exit status when a budget cannot be met."""
+"""Exit status when a budget is not, or cannot be, met."""
 
 MISUSED = 2
-"""Exit status when a command was used wrongly."""
+"""Exit status when a command, a model, data or a file was not what is needed."""
 
+FAILED = 3
+"""Exit status when training went wrong."""
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
+
+_MOST = 900
 _P = ParamSpec("_P")
 
 
@@ -22,16 +32,37 @@ def reported(command: Callable[_P, None]) -> Callable[_P, None]:
 
     @wraps(command)
     def run(*args: _P.args, **options: _P.kwargs) -> None:
-        from cgmq_fx.cost_models.errors import CgmqError, InfeasibleBudgetError
+        from cgmq_fx.cost_models.errors import CgmqError
 
         try:
             command(*args, **options)
         except CgmqError as error:
-            click.echo(f"error: {error}", err=True)
-            infeasible = isinstance(error, InfeasibleBudgetError)
-            raise SystemExit(INFEASIBLE if infeasible else MISUSED) from None
+            click.echo(_paragraph(f"error: {error}"), err=True)
+            raise SystemExit(_status(error)) from None
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+            raise SystemExit(INTERRUPTED) from None
 
     return run
+
+
+def _status(error: Exception) -> int:
+    from cgmq_fx.cost_models.errors import BoundError, InfeasibleBudgetError, TrainingError
+
+    if isinstance(error, InfeasibleBudgetError | BoundError):
+        return INFEASIBLE
+    return FAILED if isinstance(error, TrainingError) else MISUSED
+
+
+def _paragraph(text: str) -> str:
+    """On one line, or wrapped for the terminal; other people's long messages are cut."""
+    text = " ".join(text.split())
+    if len(text) > _MOST:
+        text = f"{text[:_MOST]} ..."
+    if not sys.stderr.isatty():
+        return text
+    width = get_terminal_size().columns
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def numbers(text: str, separator: str) -> tuple[int, ...]:

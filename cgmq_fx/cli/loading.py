@@ -1,12 +1,15 @@
-"""What the words of a command line name: models and example inputs."""
+"""What the words of a command line name: models, example inputs, data and losses."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cgmq_fx.cli.common import numbers
 
@@ -17,8 +20,19 @@ if TYPE_CHECKING:
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "bool")
 
 
-def load_model(name: str) -> nn.Module | ExportedProgram:
+class Data(NamedTuple):
+    """Batches to train on, and perhaps some to measure on."""
+
+    train: Iterable[Any] | None
+    validation: Iterable[Any] | None
+
+
+def load_model(name: str, state: Path | None = None) -> nn.Module | ExportedProgram:
     """A model from `package.module:factory` or a `.pt2` file.
+
+    Args:
+        name: The model.
+        state: A file with weights for it.
 
     Raises:
         OptionError: If there is no such file, module or factory, or it gives no model.
@@ -30,24 +44,68 @@ def load_model(name: str) -> nn.Module | ExportedProgram:
     if name.endswith(".pt2"):
         if not Path(name).is_file():
             raise OptionError(f"there is no file {name}")
+        if state is not None:
+            raise OptionError(f"{name} has its weights in it; leave out --state")
         try:
             return torch.export.load(name)
         except Exception as error:
             raise OptionError(f"cannot read {name} as a model of torch.export: {error}") from error
-    module, colon, factory = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise OptionError(f"{name!r} is neither package.module:factory nor a .pt2 file")
-    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - sys.path holds strings
-    try:
-        made = getattr(importlib.import_module(module), factory)()
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise OptionError(f"cannot make a model of {name!r}: {reason}") from error
-    finally:
-        sys.path.pop(0)
+    with _explained(f"cannot make a model of {name!r}"):
+        made = _named(name)()
     if not isinstance(made, torch.nn.Module):
         raise OptionError(f"{name} gives a {type(made).__name__}, not a torch.nn.Module")
+    if state is not None:
+        with _explained(f"{state} does not fit {name}"):
+            made.load_state_dict(_read_state(state))
     return made
+
+
+def load_data(train: str | None, validation: str | None = None) -> Data:
+    """Batches from `package.module:loader`, or `mnist`.
+
+    A loader is a function that is called without arguments, or the batches themselves. One that
+    gives a pair of iterables, none of them a tensor, gives training and validation batches.
+
+    Raises:
+        OptionError: If there are no such batches.
+    """
+    if train == "mnist":
+        from cgmq_fx.cli.mnist import mnist
+
+        first, second = _pair(mnist())
+    else:
+        first, second = (None, None) if train is None else _pair(_batches(train))
+    return Data(first, second if validation is None else _batches(validation))
+
+
+def load_loss(name: str) -> Callable[[Any, Any], Tensor] | None:
+    """A loss by its name in torch.nn.functional or as `package.module:function`.
+
+    Returns:
+        The loss, None for `teacher`.
+
+    Raises:
+        OptionError: If there is no such loss.
+    """
+    from torch.nn import functional
+
+    from cgmq_fx.cost_models.errors import OptionError
+
+    if name == "teacher":
+        return None
+    if ":" in name:
+        with _explained(f"cannot find the loss {name!r}"):
+            found = _named(name)
+    else:
+        found = getattr(functional, name, None)
+    if not callable(found):
+        raise OptionError(
+            f"there is no loss {name!r}; write teacher, a function of torch.nn.functional such as "
+            "cross_entropy, or package.module:function"
+        )
+    return found  # type: ignore[no-any-return]
 
 
 def tensor(text: str) -> Tensor:
@@ -65,3 +123,58 @@ def tensor(text: str) -> Tensor:
         )
     dtype: torch.dtype = getattr(torch, name)
     return torch.rand(shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape).to(dtype)
+
+
+def _named(name: str) -> Any:
+    """The object `package.module:object`, seen from the working directory."""
+    module, _, path = name.partition(":")
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - sys.path holds strings
+    try:
+        return getattr(importlib.import_module(module), path)
+    finally:
+        sys.path.pop(0)
+
+
+def _batches(name: str) -> Any:
+    from cgmq_fx.cost_models.errors import OptionError
+
+    if ":" not in name:
+        raise OptionError(f"{name!r} is neither package.module:loader nor mnist")
+    with _explained(f"cannot get data from {name!r}"):
+        found = _named(name)
+        return found() if callable(found) else found
+
+
+def _pair(found: Any) -> tuple[Any, Any]:
+    from torch import Tensor
+
+    if isinstance(found, tuple) and len(found) == 2 and not isinstance(found[0], Tensor):
+        return found
+    return found, None
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    import torch
+
+    found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return found
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Say what failed in other people's code, and on which of their lines."""
+    from cgmq_fx.cost_models.errors import CgmqError, OptionError
+
+    try:
+        yield
+    except CgmqError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        theirs = Path.cwd() in Path(frame.filename).parents
+        where = f" ({Path(frame.filename).name}, line {frame.lineno})" if theirs else ""
+        raise OptionError(f"{what}: {type(error).__name__}: {error}{where}") from error

@@ -1,0 +1,119 @@
+"""Options that several commands have, and what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from cgmq_fx.cli.common import numbers
+
+if TYPE_CHECKING:
+    from cgmq_fx.passes.scheme import Scheme
+
+_F = TypeVar("_F", bound=Callable[..., None])
+
+BUDGET_HELP = 'What it may cost, as "bops <= 1%, weights <= 64 KiB".'
+
+
+def _targets(context: click.Context, option: click.Parameter, word: str) -> list[CompletionItem]:
+    from cgmq_fx.cost_models.target import target_names
+    from cgmq_fx.presets import PRESETS
+
+    return [
+        *(CompletionItem(name) for name in (*PRESETS, *target_names()) if name.startswith(word)),
+        CompletionItem(word, type="file"),
+    ]
+
+
+def _together(*decorators: Callable[[Any], Any]) -> Callable[[_F], _F]:
+    def decorate(command: _F) -> _F:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+model = click.argument("model", metavar="MODEL")
+
+state = click.option(
+    "--state",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Trained weights to load into MODEL: a state dict, .safetensors or torch.save's.",
+)
+
+scheme = _together(
+    click.option(
+        "--target",
+        "targets",
+        multiple=True,
+        help="Where it is to run: a preset, or a chip by name or JSON file (cgmq-fx targets); "
+        "both if repeated.",
+        shell_complete=_targets,
+    ),
+    click.option("--bit-widths", help="The bit-widths that may be used, as 2,4,8."),
+    click.option(
+        "--weights",
+        type=click.Choice(["tensor", "channel", "element"]),
+        default="tensor",
+        show_default=True,
+        help="What each weight gate stands for.",
+    ),
+    click.option(
+        "--activations",
+        type=click.Choice(["tensor", "channel"]),
+        default="tensor",
+        show_default=True,
+        help="What each activation gate stands for.",
+    ),
+    click.option("--input-bits", type=int, help="Fix the network's input at so many bits."),
+)
+
+training = _together(
+    click.option(
+        "--data",
+        help="Batches: package.module:loader, or mnist. Without it, random inputs.",
+    ),
+    click.option("--val-data", help="Batches to measure on, package.module:loader."),
+    click.option(
+        "--loss",
+        default="teacher",
+        show_default=True,
+        help="teacher (the float model; needs no labels), a loss of torch.nn.functional such as "
+        "cross_entropy, or package.module:function.",
+    ),
+    click.option("--epochs", type=click.IntRange(min=0), default=10, show_default=True),
+    click.option("--seed", type=int, default=0, show_default=True),
+)
+
+inputs = click.option(
+    "--input",
+    "shapes",
+    multiple=True,
+    help="Shape of an input, as 1x3x32x32 or 1x16:int64; repeatable.",
+)
+
+loudness = _together(
+    click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+)
+
+
+def scheme_of(
+    bit_widths: str | None, weights: str, activations: str, input_bits: int | None
+) -> Scheme:
+    """Read the options of `scheme`, but for the targets.
+
+    Raises:
+        OptionError: If they make no sense.
+    """
+    from cgmq_fx.passes.grid import DEFAULT_BIT_WIDTHS
+    from cgmq_fx.passes.scheme import Scheme
+
+    widths = DEFAULT_BIT_WIDTHS if bit_widths is None else numbers(bit_widths, ",")
+    grains: dict[str, Any] = {"weights": weights, "activations": activations}
+    return Scheme(widths, input_bits=input_bits, **grains)

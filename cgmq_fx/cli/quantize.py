@@ -1,0 +1,94 @@
+"""`cgmq-fx quantize`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cgmq_fx.cli import options
+from cgmq_fx.cli.common import reported
+from cgmq_fx.cli.loading import load_data, load_loss, load_model, tensor
+from cgmq_fx.cli.output import prepare_folder, write_result
+
+
+@click.command("quantize", short_help="Quantize a model under a budget.")
+@options.model
+@click.option("--budget", required=True, help=options.BUDGET_HELP)
+@options.training
+@options.inputs
+@options.state
+@options.scheme
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("quantized"),
+    show_default=True,
+    help="Folder for the model, the report and the plots; files in it are replaced.",
+)
+@options.loudness
+@reported
+def command(
+    model: str,
+    budget: str,
+    data: str | None,
+    val_data: str | None,
+    loss: str,
+    epochs: int,
+    seed: int,
+    shapes: tuple[str, ...],
+    state: Path | None,
+    out: Path,
+    quiet: bool,
+    as_json: bool,
+    targets: tuple[str, ...],
+    **chosen: Any,
+) -> None:
+    """Quantize a trained model so that it costs at most what the budget says.
+
+    MODEL is package.module:factory, a function or class that is called without arguments and gives
+    the trained model (or with --state the untrained one), or a .pt2 file. A loader is a function
+    without arguments that gives re-iterable batches: tensors, (inputs, target), or dicts; or a pair
+    of these, for training and validation.
+
+    \b
+    Writes to the folder given by --out:
+        model.safetensors    the quantized model; cgmq_fx.load reads it
+        report.json          every layer, constraint and epoch, for programs
+        report.html          the same for people, in one page
+
+    \b
+    Exit status: 0 done, and within the budget; 1 the budget cannot be met;
+    2 a mistake in the command, the model or the data; 3 training failed.
+
+    \b
+    Example:
+        cgmq-fx quantize mynet:make --data mynet:batches \\
+            --loss cross_entropy --budget "bops <= 1%, weights <= 64 KiB"
+    """  # noqa: D301 - click wants the backspace
+    from cgmq_fx.driver import quantize
+
+    scheme = options.scheme_of(**chosen)
+    prepare_folder(out)
+    batches = load_data(data, val_data)
+    result = quantize(
+        load_model(model, state),
+        budget,
+        batches.train,
+        loss=load_loss(loss),
+        val_data=batches.validation,
+        epochs=epochs,
+        example_inputs=tuple(tensor(shape) for shape in shapes) or None,
+        scheme=scheme,
+        target=targets,
+        progress=not quiet,
+        seed=seed,
+    )
+    files = write_result(result, out)
+    if as_json:
+        click.echo(json.dumps(result.report(), indent=1))
+    elif not quiet:
+        click.echo(str(result))
+        click.echo(f"wrote {', '.join(map(str, files))}", err=True)

@@ -1,0 +1,38 @@
+"""`cgmq-fx show`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from cgmq_fx.cli.common import reported
+
+
+@click.command("show", short_help="Show a saved result.")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option(
+    "--plots",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write plots into this folder (needs matplotlib).",
+)
+@reported
+def command(file: Path, as_json: bool, plots: Path | None) -> None:
+    """Show a saved result: FILE is a model.safetensors that was written by quantize.
+
+    Its cost is counted again, and nothing in it is executed, so it need not be trusted. The exit
+    status is 1 if it does not hold what it states, 2 if it cannot be read.
+
+    \b
+    Example:
+        cgmq-fx show quantized/model.safetensors
+    """  # noqa: D301 - click wants the backspace
+    from cgmq_fx.artifact import load
+
+    result = load(file)
+    click.echo(json.dumps(result.report(), indent=1) if as_json else str(result))
+    if plots is not None:
+        for path in result.plot(plots):
+            click.echo(f"wrote {path}", err=True)

@@ -1,0 +1,173 @@
+"""What a person sees: every command in a pseudo-terminal of 80 columns, read off its screen."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+pexpect = pytest.importorskip("pexpect")
+pyte = pytest.importorskip("pyte")
+
+ROOT = Path(__file__).parent.parent
+COLUMNS, LINES = 80, 200
+USER_CODE = """
+import torch
+
+def make():
+    torch.manual_seed(0)
+    net = torch.nn
+    return net.Sequential(net.Conv2d(1, 4, 3), net.ReLU(), net.Flatten(), net.Linear(144, 3))
+
+def batches():
+    torch.manual_seed(0)
+    some = [(torch.rand(8, 1, 8, 8), torch.randint(3, (8,))) for _ in range(6)]
+    return some, some[:1]
+
+def broken():
+    return {}["weights"]
+
+def diverging(output, target):
+    return output.sum() * float("nan")
+"""
+
+
+class Terminal:
+    """A command in a terminal, and what stands on its screen."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._screen = pyte.Screen(COLUMNS, LINES)
+        self._stream = pyte.Stream(self._screen)
+        self.seen = ""
+
+    def run(self, *arguments: str, stop_at: str = "") -> int:
+        """The exit status of the command; with `stop_at`, after Ctrl-C when that was seen."""
+        self._screen.reset()
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color"}
+        environment.pop("COLUMNS", None)
+        child = pexpect.spawn(
+            sys.executable,
+            ["-m", "cgmq_fx", *arguments],
+            cwd=str(self._folder),
+            env=environment,
+            dimensions=(LINES, COLUMNS),
+            encoding="utf-8",
+            timeout=100,
+        )
+        if stop_at:
+            child.expect(stop_at)
+            child.sendintr()
+        child.expect(pexpect.EOF)
+        child.close()
+        self.seen = child.before
+        self._stream.feed(self.seen)
+        return int(child.exitstatus)
+
+    @property
+    def lines(self) -> list[str]:
+        return [line.rstrip() for line in self._screen.display]
+
+    @property
+    def text(self) -> str:
+        """The screen with its line breaks taken out."""
+        return " ".join(" ".join(self.lines).split())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "mynet.py").write_text(USER_CODE)
+    return folder
+
+
+@pytest.fixture
+def terminal(folder: Path) -> Terminal:
+    return Terminal(folder)
+
+
+@pytest.fixture(scope="module")
+def quantized(folder: Path) -> Terminal:
+    terminal = Terminal(folder)
+    status = terminal.run(
+        *("quantize", "mynet:make", "--data", "mynet:batches", "--loss", "cross_entropy"),
+        *("--budget", "bops <= 2%, weights <= 600 B", "--epochs", "3"),
+    )
+    assert status == 0, terminal.text
+    return terminal
+
+
+def test_quantize_shows_epochs_and_then_the_result(quantized: Terminal, folder: Path) -> None:
+    lines = quantized.lines
+    epochs = [line for line in lines if line.startswith("epoch")]
+    assert len(epochs) == 3
+    assert "search" in epochs[0]
+    assert "tune" in epochs[2]
+    assert re.search(r"val loss \d\.\d{4}, accuracy \d\.\d{4}", quantized.text)
+    assert "of bound, satisfied" in quantized.text
+    assert any(line.startswith("bops ") and "<= 2.0000%" in line for line in lines)
+    assert "wrote quantized/model.safetensors, quantized/report.json" in quantized.text
+    assert (folder / "quantized" / "model.safetensors").is_file()
+
+
+def test_while_quantize_runs_there_is_a_bar_with_every_constraint(quantized: Terminal) -> None:
+    assert "left" in quantized.seen
+    assert "search  epoch 1  loss" in quantized.seen
+    assert "600 byte" in quantized.seen
+    assert "[green]" not in quantized.seen
+
+
+def test_tables_fit_into_80_columns(quantized: Terminal) -> None:
+    tops = [line for line in quantized.lines if line.startswith("┏")]
+    bottoms = [line for line in quantized.lines if line.startswith("└")]
+    assert tops
+    assert all(line.endswith("┓") for line in tops)
+    assert all(line.endswith("┘") for line in bottoms)
+
+
+@pytest.mark.usefixtures("quantized")
+def test_show_prints_the_same_table(terminal: Terminal) -> None:
+    assert terminal.run("show", "quantized/model.safetensors") == 0
+    assert "Quantized under bops <= 2%, weights <= 600 byte" in terminal.text
+
+
+def test_ctrl_c_is_no_traceback(terminal: Terminal) -> None:
+    status = terminal.run(
+        *("quantize", "mynet:make", "--data", "mynet:batches", "--epochs", "100000"),
+        *("--budget", "bops <= 2%", "--out", "stopped"),
+        stop_at="epoch   2",
+    )
+    assert status == 130
+    assert "Traceback" not in terminal.text
+    assert terminal.text.endswith("stopped")
+
+
+BUDGET = ("--budget", "bops <= 2%")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (("quantize", "mynet:make"), 2, "Missing option '--budget'"),
+        (("quantize", "mynet:none", *BUDGET), 2, "has no attribute 'none'"),
+        (("quantize", "mynet:broken", *BUDGET), 2, "'weights' (mynet.py, line 15"),
+        (
+            ("quantize", "mynet:make", "--budget", "bops <= 0.1%"),
+            1,
+            "with every gate at its smallest",
+        ),
+        (("quantize", "mynet:make", *BUDGET, "--loss", "mynet:diverging"), 3, "loss became nan"),
+    ],
+)
+def test_errors_are_one_short_paragraph(
+    arguments: tuple[str, ...], status: int, text: str, terminal: Terminal
+) -> None:
+    needed = ("--data", "mynet:batches", "--quiet") if "--budget" in arguments else ()
+    assert terminal.run(*arguments, *needed) == status
+    assert text in terminal.text
+    said = [line for line in terminal.lines if line]
+    assert len(said) <= 8
+    assert "Traceback" not in terminal.text
