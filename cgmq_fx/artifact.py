@@ -29,7 +29,7 @@ from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.passes.state import shape_of
 from cgmq_fx.result import Result
-from cgmq_fx.untrusted import identifier, tensor_path
+from cgmq_fx.untrusted import identifier, shown_text, tensor_path
 from cgmq_fx.verify import verify
 
 FORMAT = 1
@@ -43,7 +43,7 @@ def save(result: Result, path: Path) -> Path:
         "budget": _budget_to_json(result),
         "graph": graph_to_json(result.model),
         "inputs": _inputs_to_json(result.inputs),
-        "metrics": result.metrics,
+        "metrics": _metrics(result.metrics),
         "history": asdict(result.history),
         "parameters": sorted(n for n, _ in result.model.named_parameters(remove_duplicate=False)),
     }
@@ -92,9 +92,9 @@ def load(path: str | Path) -> Result:
         inputs = _inputs_from_json(header["inputs"])
         budget = _budget_from_json(header["budget"])
         history = _history(header["history"])
-        metrics = {str(k): float(v) for k, v in header["metrics"].items()}
+        metrics = _metrics(header["metrics"])
         model.eval()
-        report = verify(model, inputs, budget)
+        report = verify(model, inputs, budget, trusted=False)
         _check_shapes(model)
     except CgmqError:
         raise
@@ -105,10 +105,12 @@ def load(path: str | Path) -> Result:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("it is no file")
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"{path} cannot be read as a safetensors file: {error}") from error
     if text is None:
         raise ArtifactError(f"{path} is a safetensors file, but not one that cgmq_fx wrote")
@@ -156,7 +158,8 @@ def _budget_to_json(result: Result) -> list[dict[str, Any]]:
         target = target_to_json(c.model.target) if isinstance(c.model, TableModel) else None
         bound = {"value": c.bound.value, "relative": c.bound.relative, "base": c.bound.base}
         refers = {"reference": c.bound.reference}
-        rows.append({"cost": c.model.name, "scope": c.scope, "target": target, **bound, **refers})
+        scope = None if c.scope is None else shown_text(c.scope)
+        rows.append({"cost": c.model.name, "scope": scope, "target": target, **bound, **refers})
     return rows
 
 
@@ -168,7 +171,7 @@ def _budget_from_json(rows: list[dict[str, Any]]) -> Budget:
         reference = None if row["reference"] is None else float(row["reference"])
         relative, base = row["relative"] is True, int(row["base"])
         bound = Bound(float(row["value"]), relative, base, reference)
-        scope = None if row["scope"] is None else str(row["scope"])
+        scope = None if row["scope"] is None else shown_text(row["scope"])
         constraints.append(Constraint(cost_model(str(row["cost"]), target), bound, scope))
     return Budget(tuple(constraints))
 
@@ -199,7 +202,7 @@ def _inputs_from_json(data: Mapping[str, Any]) -> ExampleInputs:
 
 def _input_from_json(data: Mapping[str, Any]) -> Any:
     if "shape" in data:
-        dtype = getattr(torch, identifier(data["dtype"]))
+        dtype = vars(torch).get(identifier(data["dtype"]))
         if not isinstance(dtype, torch.dtype):
             raise ArtifactError(f"{data['dtype']!r} is no dtype")
         return torch.zeros(()).to(dtype).expand([int(s) for s in data["shape"]])
@@ -228,7 +231,7 @@ def _history(data: Mapping[str, Any]) -> History:
             int(r["epoch"]),
             _phase(r["phase"]),
             float(r["loss"]),
-            {str(k): float(v) for k, v in r["metrics"].items()},
+            _metrics(r["metrics"]),
             _numbers(r["costs"]),
             r["satisfied"] is True,
         )
@@ -241,6 +244,10 @@ def _phase(name: Any) -> Phase:
     if name not in get_args(Phase):
         raise ArtifactError(f"{name!r} is no phase")
     return "search" if name == "search" else "tune"
+
+
+def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
+    return {shown_text(name): float(value) for name, value in values.items()}
 
 
 def _numbers(values: Any) -> tuple[float, ...]:

@@ -30,6 +30,7 @@ from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer, QuantizerSpec, Tr
 from cgmq_fx.untrusted import (
     NAMESPACES,
     argument_name,
+    check_arguments,
     check_overload,
     identifier,
     plain_text,
@@ -52,6 +53,7 @@ _ENUMS: tuple[tuple[str, type], ...] = (
     ("memory_format", torch.memory_format),
 )
 _MAX_DEPTH = 32
+_MAX_NODES = 1 << 16
 
 
 def graph_to_json(module: GraphModule) -> dict[str, Any]:
@@ -127,6 +129,8 @@ def _target_to_json(node: Node) -> str:
 
 
 def _nodes_from_json(rows: list[dict[str, Any]], root: nn.Module) -> Graph:
+    if len(rows) > _MAX_NODES:
+        raise ArtifactError(f"a graph in a file has at most {_MAX_NODES} nodes, not {len(rows)}")
     graph = Graph()
     made: dict[str, Node] = {}
     for row in rows:
@@ -135,7 +139,10 @@ def _nodes_from_json(rows: list[dict[str, Any]], root: nn.Module) -> Graph:
         kwargs = {identifier(k): _from_json(v, made) for k, v in row["kwargs"].items()}
         if name in made:
             raise ArtifactError(f"two nodes have the name {name}")
-        node = graph.create_node(op, _target(op, row["target"], root), args, kwargs, name)
+        target = _target(op, row["target"], root)
+        if isinstance(target, torch._ops.OpOverload):
+            check_arguments(target, args, kwargs)
+        node = graph.create_node(op, target, args, kwargs, name)
         node.meta["nn_module_stack"] = {"": (plain_text(row["module"]), "")}
         made[name] = node
     _check_nodes(graph)
@@ -262,7 +269,7 @@ def _from_json(value: Any, made: Mapping[str, Node], depth: int = 0) -> Any:
         return tuple(parts) if kind == "tuple" else slice(*parts)
     if kind == "device":
         return torch.device("cpu")
-    found = getattr(torch, identifier(content), None)
+    found = vars(torch).get(identifier(content))  # getattr would import torch's lazy modules
     if not isinstance(found, dict(_ENUMS)[kind]):
         raise ArtifactError(f"{content!r} is no {kind}")
     return found

@@ -20,26 +20,51 @@ _FORBIDDEN = frozenset(
     {
         "data",
         "from_file",
+        "gru",
+        "gru_cell",
+        "lstm",
+        "lstm_cell",
         "record_stream",
         "resize",
         "resize_",
         "resize_as",
         "resize_as_",
+        "rnn_relu",
+        "rnn_relu_cell",
+        "rnn_tanh",
+        "rnn_tanh_cell",
         "set",
         "set_",
         "set_data",
     }
 )
+"""Ops that reach storages, or crash on wrong arguments; recurrent layers are unrolled before."""
+
 _UNSAFE_TYPES = ("Storage", "Stream", "QScheme", "Dict", "__torch__")
 NAMESPACES = frozenset({"aten", "cgmq_fx"})
 _PART = re.compile(r"[\w-]+")
+_MAX_PARTS = 64
+_MAX_NAME = 4096
+_KINDS: tuple[tuple[str, type], ...] = (
+    ("ScalarType", torch.dtype),
+    ("Layout", torch.layout),
+    ("MemoryFormat", torch.memory_format),
+    ("Device", torch.device),
+)
+"""Types of arguments that torch also takes as a number, and then looks up without a check."""
+
 _SHADOWS = frozenset(["self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree"])
 """What the source that torch prints needs under these names."""
 
 
 def identifier(name: Any) -> str:
     """A Python identifier that reads as it stands: Python normalises those in source."""
-    if not isinstance(name, str) or not name.isidentifier() or normalize("NFKC", name) != name:
+    if (
+        not isinstance(name, str)
+        or not name.isidentifier()
+        or normalize("NFKC", name) != name
+        or len(name) > _MAX_NAME
+    ):
         raise ArtifactError(f"{str(name)[:80]!r} is no name that an artifact can hold")
     return name
 
@@ -53,8 +78,12 @@ def argument_name(name: Any) -> str:
 
 def tensor_path(name: Any) -> str:
     """A dotted path of names or numbers; torch puts parts that are no identifiers in quotes."""
-    if not isinstance(name, str) or not all(
-        _PART.fullmatch(part) and normalize("NFKC", part) == part for part in name.split(".")
+    if (
+        not isinstance(name, str)
+        or name.count(".") >= _MAX_PARTS
+        or not all(
+            _PART.fullmatch(part) and normalize("NFKC", part) == part for part in name.split(".")
+        )
     ):
         raise ArtifactError(f"{str(name)[:80]!r} is no path that an artifact can hold")
     return name
@@ -63,6 +92,13 @@ def tensor_path(name: Any) -> str:
 def plain_text(value: Any) -> str:
     """A string that is printed as such; torch drops source lines with its comment "# COUNTER"."""
     if not isinstance(value, str) or not value.isprintable() or "#" in value:
+        raise ArtifactError(f"{str(value)[:80]!r} is no text that an artifact can hold")
+    return value
+
+
+def shown_text(value: Any) -> str:
+    """A string that is only shown: it cannot move the cursor of a terminal."""
+    if not isinstance(value, str) or not value.isprintable() or len(value) > _MAX_NAME:
         raise ArtifactError(f"{str(value)[:80]!r} is no text that an artifact can hold")
     return value
 
@@ -84,3 +120,12 @@ def check_overload(overload: torch._ops.OpOverload) -> None:
         or not torch._C._dispatch_has_kernel(overload.name())
     ):
         raise ArtifactError(f"{overload} is not allowed in an artifact")
+
+
+def check_arguments(overload: torch._ops.OpOverload, args: Any, kwargs: Any) -> None:
+    """Refuse a number where an op takes a dtype, a layout or the like."""
+    for position, argument in enumerate(overload._schema.arguments):
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        for name, kind in _KINDS:
+            if name in str(argument.real_type) and not isinstance(value, kind | None):
+                raise ArtifactError(f"{overload} is called with {value!r} as its {argument.name}")

@@ -95,31 +95,36 @@ def _rounded_up(target: Target, node: NodeFacts, report: CostReport) -> list[str
     return lines
 
 
-def count(module: GraphModule, inputs: ExampleInputs, budget: Budget) -> CostReport:
+def count(
+    module: GraphModule, inputs: ExampleInputs, budget: Budget, trusted: bool = True
+) -> CostReport:
     """Count what a graph costs, from nothing but the graph.
 
     Args:
         module: A graph with quantizers, frozen or not.
         inputs: Example inputs to take shapes from.
         budget: The constraints to measure.
+        trusted: Whether the graph is this library's work, and not what a file says.
 
     Returns:
         The cost of every constraint and of every node.
     """
-    PropagateShapes(inputs).run(module)
+    PropagateShapes(inputs, trusted).run(module)
     facts = annotate(module, inputs.batch or 1)
     ledger = Ledger(facts, budget, read_bits(module))
     per_node = tuple(ledger.node_costs(i) for i in range(len(budget)))
     return CostReport(ledger.states(), facts, dict(ledger.assignment), per_node)
 
 
-def verify(module: GraphModule, inputs: ExampleInputs, budget: Budget) -> CostReport:
-    """Count, and insist that every constraint holds.
+def verify(
+    module: GraphModule, inputs: ExampleInputs, budget: Budget, trusted: bool = True
+) -> CostReport:
+    """Count, and insist that every constraint holds; arguments as of `count`.
 
     Raises:
         BoundError: Naming every constraint that does not hold.
     """
-    report = count(module, inputs, budget)
+    report = count(module, inputs, budget, trusted)
     if not report.satisfied:
         broken = ", ".join(str(state) for state in report.states if not state.satisfied)
         raise BoundError(f"the finished graph does not satisfy its budget: {broken}")

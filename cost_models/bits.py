@@ -135,10 +135,24 @@ def _pairs(first: BitArray, second: BitArray) -> tuple[tuple[int, int, int], ...
         other = second.item()
         numbers = np.bincount(first.ravel()).tolist()
         return tuple((count, bits, other) for bits, count in enumerate(numbers) if count)
+    sizes = zip(first.shape[::-1], second.shape[::-1], strict=False)
+    if all(1 in pair for pair in sizes):
+        return _all_pairs(first, second)
     counts = np.bincount((first * _RADIX + second).ravel())
     codes = np.flatnonzero(counts)
     found = zip(counts[codes].tolist(), codes.tolist(), strict=True)
     return tuple((count, code // _RADIX, code % _RADIX) for count, code in found)
+
+
+def _all_pairs(first: BitArray, second: BitArray) -> tuple[tuple[int, int, int], ...]:
+    """Every gate of one meets every gate of the other: counted without laying out the pairs."""
+    rows, columns = (np.bincount(gates.ravel()).tolist() for gates in (first, second))
+    return tuple(
+        (n * m, bits, other)
+        for bits, n in enumerate(rows)
+        for other, m in enumerate(columns)
+        if n and m
+    )
 
 
 @lru_cache(maxsize=1024)

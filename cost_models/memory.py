@@ -133,8 +133,7 @@ def layouts(tensors: Sequence[TensorFacts]) -> tuple[Layout, ...]:
     """
     sizes = [t.elements * (_TYPICAL_BITS if t.bits == FLOAT_BITS else t.bits) for t in tensors]
     first, last = (np.array([getattr(t, end) for t in tensors]) for end in ("first", "last"))
-    meet = (first[:, None] <= last) & (first <= last[:, None])
-    rivals = [np.flatnonzero(row).tolist() for row in meet]
+    rivals = [np.flatnonzero((t.first <= last) & (first <= t.last)).tolist() for t in tensors]
     orders = (sorted(range(len(sizes)), key=lambda i: key(tensors[i])) for key in _ORDERS)
     packed = dict.fromkeys(_first_fit(order, sizes, rivals) for order in orders)
     return tuple(dict.fromkeys(_layout(tensors, bottom_up) for bottom_up in packed))

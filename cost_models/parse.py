@@ -23,6 +23,7 @@ BoundLike: TypeAlias = "float | str | Bound"
 BudgetLike: TypeAlias = "str | Mapping[str, BoundLike] | Constraint | Budget | Iterable[Constraint]"
 
 _MAX_LENGTH = 10_000
+_SPACE = re.compile(r"\s+")
 _CLAUSE = re.compile(r"\s*([A-Za-z_]\w*)\s*(\[[^\[\],;&]+\])?\s*(<=|<|≤)\s*([^<>=≤]+)")
 _QUANTITY = re.compile(
     r"\s*([+-]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|nan|inf))"
@@ -80,7 +81,8 @@ def parse_bound(bound: BoundLike, model: CostModel) -> Bound:
         )
     if not isinstance(bound, str):
         return Bound(_number(bound))
-    match = _QUANTITY.fullmatch(bound) if len(bound) <= _MAX_LENGTH else None
+    short = len(bound) <= _MAX_LENGTH
+    match = _QUANTITY.fullmatch(_SPACE.sub(" ", bound)) if short else None
     if match is None:
         raise BudgetError(
             f"cannot read {bound[:80].strip()!r} as the bound of {model.name!r}; "
@@ -108,7 +110,7 @@ def _parse_string(text: str, target: Target | None) -> Budget:
     if len(text) > _MAX_LENGTH:
         raise BudgetError(f"a budget string has at most {_MAX_LENGTH} characters, not {len(text)}")
     constraints = []
-    for clause in re.split(r",|;|\band\b|&", text):
+    for clause in re.split(r",|;|\band\b|&", _SPACE.sub(" ", text)):
         match = _CLAUSE.fullmatch(clause)
         if match is None:
             raise BudgetError(

@@ -22,6 +22,9 @@ from cgmq_fx.cost_models.facts import FLOAT_BITS, NodeFacts
 
 _MAX_FILE = 1 << 20
 _MAX_ROWS = FLOAT_BITS**2
+_MAX_TABLES = 256
+_MAX_NAME = 200
+_MAX_TEXT = 10_000
 _FIGURES = frozenset({"clock_hz", "bytes_per_cycle", "picojoules_per_byte"})
 _KEYS = frozenset({"name", "description", "source", "tables", "memories"}) | _FIGURES
 _ROW_KEYS = frozenset({"weight", "activation", "cycles", "pJ"})
@@ -237,13 +240,15 @@ def _known(data: Any, keys: frozenset[str]) -> None:
 def _memories(data: Any) -> dict[str, int]:
     if not isinstance(data, dict):
         raise TargetError(f"`memories` must map names to bytes, not {_shown(data)}")
-    return {name: _whole(data, name) for name in data}
+    return {_name(name): _whole(data, name) for name in data}
 
 
 def _tables(data: Any) -> dict[str, tuple[Row, ...]]:
-    if not isinstance(data, dict) or not data:
-        raise TargetError("`tables` must map at least one op pattern, such as '*', to its rows")
-    return {pattern: _rows(rows) for pattern, rows in data.items()}
+    if not isinstance(data, dict) or not 0 < len(data) <= _MAX_TABLES:
+        raise TargetError(
+            f"`tables` must map 1 to {_MAX_TABLES} op patterns, such as '*', to their rows"
+        )
+    return {_name(pattern): _rows(rows) for pattern, rows in data.items()}
 
 
 def _rows(data: Any) -> tuple[Row, ...]:
@@ -265,8 +270,16 @@ def _row(data: Any) -> Row:
 
 def _text(data: Mapping[str, Any], key: str) -> str:
     value = data[key]
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not value.strip() or len(value) > _MAX_TEXT:
         raise TargetError(f"{key} must be a text that is not empty, not {_shown(value)}")
+    if not value.replace("\n", "").isprintable():
+        raise TargetError(f"{key} has a character that cannot be printed: {_shown(value)}")
+    return value
+
+
+def _name(value: str) -> str:
+    if not value.isprintable() or not 0 < len(value) <= _MAX_NAME:
+        raise TargetError(f"{_shown(value)} is no name: 1 to {_MAX_NAME} printable characters")
     return value
 
 

@@ -13,6 +13,8 @@ from cgmq_fx.passes.scheme import Granularity
 from cgmq_fx.passes.state import groups_of, shape_of, sources, view_root
 
 _TRANSPOSES = ("permute", "transpose", "t", "movedim", "swapaxes", "swapdims", "numpy_T", "mT")
+_MOST = 1 << 25
+"""Elements of the largest tensor whose channels are followed: a file can ask for any size."""
 
 
 def weight_axis(node: Node, op: ComputeOp) -> int | None:
@@ -135,7 +137,7 @@ def _runs_along(node: Node, op: ComputeOp, root: Node, axis: int, size: int) -> 
         between.append(source)
     else:
         return False  # `root` is the other factor
-    if shape is None:
+    if shape is None or any(prod(shape_of(n) or ()) > _MOST for n in (root, *between)):
         return False
     gates = shape[axis]
     channels = torch.arange(gates, dtype=torch.float32)
