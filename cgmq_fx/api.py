@@ -51,6 +51,8 @@ from cgmq_fx.prepared import Prepared, prepare
 from cgmq_fx.presets import PRESETS, Preset
 from cgmq_fx.progress import Progress
 from cgmq_fx.result import Result
+from cgmq_fx.sweep_result import Sweep, SweepPoint
+from cgmq_fx.sweeping import sweep
 
 __all__ = [
     "PRESETS",
@@ -87,6 +89,8 @@ __all__ = [
     "Progress",
     "Result",
     "Scheme",
+    "Sweep",
+    "SweepPoint",
     "Target",
     "TargetError",
     "TrainingError",
@@ -100,4 +104,5 @@ __all__ = [
     "prepare",
     "quantize",
     "register_cost_model",
+    "sweep",
 ]

@@ -24,7 +24,7 @@ from cgmq_fx.cost_models.errors import ArtifactError, CgmqError
 from cgmq_fx.cost_models.tables import TableModel
 from cgmq_fx.cost_models.target import parse_target, target_to_json
 from cgmq_fx.graph_json import graph_from_json, graph_to_json
-from cgmq_fx.history import EpochRecord, History, Phase, StepRecord
+from cgmq_fx.history import EpochRecord, GateRecord, History, Phase, StepRecord
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.passes.state import shape_of
@@ -237,7 +237,11 @@ def _history(data: Mapping[str, Any]) -> History:
         )
         for r in data["epochs"]
     ]
-    return History(steps, epochs)
+    gates = [
+        GateRecord(int(r["step"]), _numbers(r["gates"]), _numbers(r["bits"]))
+        for r in data.get("gates", [])
+    ]
+    return History(steps, epochs, gates, tuple(map(str, data.get("quantizers", []))))
 
 
 def _phase(name: Any) -> Phase:

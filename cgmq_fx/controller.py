@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cgmq_fx.calibrate import RangeTable
 from cgmq_fx.cost_models import (
+    Assignment,
     BitArray,
     Budget,
     ConstraintState,
@@ -125,6 +126,16 @@ class Controller:
     def sensitivity(self) -> Tensor:
         """Smoothed estimate of the loss per squared step, one entry per gate."""
         return self._sensitivity
+
+    def start(self, bits: Assignment) -> None:
+        """Put the gates where they give these bits; those of quantizers without any stay open."""
+        levels = self._levels.clone()
+        for _, facts, part in self.layout:
+            if facts.name in bits and bits[facts.name].size == facts.gates:
+                found = np.searchsorted(facts.bit_widths, bits[facts.name])
+                levels[part] = torch.from_numpy(np.minimum(found, len(facts.bit_widths) - 1))
+        self.gates = levels + 0.5
+        self._settle(levels)
 
     def step(self) -> None:
         """Move the gates by what the last backward pass reported; after the search, freeze."""

@@ -29,7 +29,7 @@ from cgmq_fx.data import (
     split_batch,
 )
 from cgmq_fx.directions import Direction, direction_of
-from cgmq_fx.history import EpochRecord, History, StepRecord
+from cgmq_fx.history import EpochRecord, GateRecord, History, StepRecord
 from cgmq_fx.passes.capture import ExampleInputs, device_of
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.scheme import Scheme
@@ -50,6 +50,7 @@ from cgmq_fx.training import (
 
 _SEARCH_SHARE = 0.4
 _CHECK_EVERY = 25
+_GATE_RECORDS = 100
 DEFAULT_EPOCHS = 10
 
 
@@ -70,6 +71,7 @@ def quantize(
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
     seed: int = 0,
+    start: Result | None = None,
 ) -> Result:
     """Quantize a model so that it costs at most what the budget says.
 
@@ -93,6 +95,7 @@ def quantize(
         progress: Whether to show progress on the terminal.
         seed: Seed of all that is random: inputs where there is no data, dropout, shuffling. The
             global random state is left as it was.
+        start: A result of the same model under another budget: weights and bit-widths start there.
 
     Returns:
         The result; its cost was counted again on the finished model.
@@ -119,6 +122,8 @@ def quantize(
         steps = epochs * batch_count(data)
         search = max(1, round(_SEARCH_SHARE * steps))
         prepared = Prepared(captured, parsed, chosen, direction_of(direction), search)
+        if start is not None:
+            prepared.start_from(start)
         prepared.calibrate(data)
         listeners = [*callbacks, *([Progress()] if progress else [])]
         run = _Run(prepared, teacher, loss, metric, optimizer, steps, search, listeners)
@@ -172,6 +177,7 @@ class _Run:
         self.loss = loss
         self.metric = metric
         self.steps = steps
+        self.search = search
         self.history = History()
         self.listeners = listeners
         self.device = device_of(self.model)
@@ -236,9 +242,21 @@ class _Run:
         self.prepared.step()
         record = StepRecord(number, self.steps, self.prepared.phase, self._costs(), loss)
         self.history.steps.append(record)
+        self._record_gates(record)
         for listener in self.listeners:
             listener.on_step(record)
         return value.detach()
+
+    def _record_gates(self, record: StepRecord) -> None:
+        every = max(1, self.search // _GATE_RECORDS)
+        if record.step >= self.search or (record.step + 1) % every:
+            return
+        controller = self.prepared.controller
+        bits = [float(b.mean()) for b in controller.assignment.values()]
+        sums = torch.bincount(controller.layout.owner, controller.gates)
+        means = sums / torch.bincount(controller.layout.owner)
+        self.history.quantizers = tuple(controller.assignment)
+        self.history.gates.append(GateRecord(record.step, tuple(means.tolist()), tuple(bits)))
 
     def _loss(self, output: Any, batch: Batch) -> Tensor:
         if self.loss is None:

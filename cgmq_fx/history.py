@@ -49,6 +49,21 @@ class EpochRecord:
     satisfied: bool
 
 
+@dataclass(frozen=True, slots=True)
+class GateRecord:
+    """Where the gates stood after a step.
+
+    Attributes:
+        step: Steps taken before it.
+        gates: The mean gate of every quantizer.
+        bits: The mean bit-width of every quantizer.
+    """
+
+    step: int
+    gates: tuple[float, ...]
+    bits: tuple[float, ...]
+
+
 @dataclass
 class History:
     """Everything recorded in one run.
@@ -56,7 +71,11 @@ class History:
     Attributes:
         steps: A record per step.
         epochs: A record per epoch.
+        gates: A record now and then during the search, about a hundred in all.
+        quantizers: The names of the quantizers, in the order of `gates`.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
     epochs: list[EpochRecord] = field(default_factory=list)
+    gates: list[GateRecord] = field(default_factory=list)
+    quantizers: tuple[str, ...] = ()

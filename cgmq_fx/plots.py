@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from cgmq_fx.sweep_result import Sweep
+
 _WEIGHT, _ACTIVATION, _BOUND = "#4477aa", "#ee6677", "#222222"
 _ROW = 0.32
 
@@ -40,6 +42,41 @@ def save_plots(result: Result, folder: Path) -> list[Path]:
     except OSError as error:
         raise OptionError(f"plots cannot be written to {folder}: {error}") from error
     return [folder / name for name in figures]
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write one figure.
+
+    Raises:
+        OptionError: If the file cannot be written, or its ending is of no format.
+    """
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{path} cannot be written: {error}") from error
+    return path
+
+
+def sweep_figure(sweep: Sweep) -> Figure:
+    """The measure of every point over each of its costs, and the Pareto front as a line."""
+    names = list(dict.fromkeys(name for point in sweep for name in point.costs))
+    figure = _figure(4.6 * len(names), 4)
+    front = {id(point) for point in sweep.front}
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        points = sorted((p for p in sweep if name in p.costs), key=lambda p: p.shares[name])
+        beaten = [p for p in points if id(p) not in front]
+        best = [p for p in points if id(p) in front]
+        for group, color, style in ((beaten, _BOUND, "o"), (best, _WEIGHT, "o-")):
+            shares = [100 * p.shares[name] for p in group]
+            measures = [p.measure[1] for p in group]
+            label = "Pareto front" if group is best else "beaten by another point"
+            if group:
+                axis.plot(shares, measures, style, color=color, label=label, markersize=5)
+        axis.set_xscale("log")
+        axis.set_xlabel(f"{name}, % of 32 bits")
+        axis.set_ylabel(points[0].measure[0])
+        axis.legend(frameon=False)
+    return figure
 
 
 def bits_figure(result: Result) -> Figure:

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from cgmq_fx.calibrate import calibrate
 from cgmq_fx.controller import Controller
 from cgmq_fx.cost_models import (
+    Assignment,
     Budget,
     BudgetLike,
     ConstraintState,
@@ -28,7 +29,7 @@ from cgmq_fx.directions import Direction, direction_of
 from cgmq_fx.history import Phase
 from cgmq_fx.passes.annotate import annotate
 from cgmq_fx.passes.attention import DecomposeAttention
-from cgmq_fx.passes.bias import QuantizeBiases, align_signs
+from cgmq_fx.passes.bias import BIASES, QuantizeBiases, align_signs
 from cgmq_fx.passes.capture import Captured, ExampleInputs, capture, device_of
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.decompose import DecomposeComposite
@@ -79,6 +80,7 @@ class Prepared:
         self._inputs = captured.inputs
         self._direction = direction
         self._search_steps = search_steps
+        self._start: Assignment | None = None
         self.model, self.facts = quantized_graph(captured, scheme)
         check_cost_models(self.facts, budget)
         check_feasible(self.facts, budget)
@@ -116,6 +118,32 @@ class Prepared:
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the graph's inputs."""
         return tuple(str(n.target) for n in self.model.graph.nodes if n.op == "placeholder")
+
+    def start_from(self, result: Result) -> None:
+        """Take over weights and bit-widths of a result of the same model; then `calibrate`.
+
+        Raises:
+            OptionError: If it is of another model, or training has begun.
+        """
+        if self._controller.taken:
+            raise OptionError("a start must be given before the first step")
+        own = self.model.state_dict()
+        grids = (f"{QUANTIZERS}.", f"{BIASES}.")
+        given = result.model.state_dict()
+        found = {
+            name: tensor
+            for name, tensor in given.items()
+            if not name.startswith(grids) and name in own and own[name].shape == tensor.shape
+        }
+        missing = [n for n, _ in self.model.named_parameters() if not n.startswith(grids)]
+        if missing := [name for name in missing if name not in found]:
+            raise OptionError(
+                f"start= is a result of another model: it has no {missing[0]} of shape "
+                f"{tuple(own[missing[0]].shape)}"
+            )
+        self.model.load_state_dict(found, strict=False)
+        self._start = result.cost.assignment
+        self._controller.start(self._start)
 
     def calibrate(self, data: Iterable[Any], batches: int = _CALIBRATION_BATCHES) -> None:
         """Set the ranges from the first batches of real data; call it before the first step.
@@ -165,7 +193,12 @@ class Prepared:
         inputs = frozenset(self.parameter_names) & frozenset(own)
         tables = calibrate(self.model, own, batches, inputs)
         align_signs(self.model)
-        return Controller(own, self.facts, self.budget, tables, self._direction, self._search_steps)
+        controller = Controller(
+            own, self.facts, self.budget, tables, self._direction, self._search_steps
+        )
+        if self._start is not None:
+            controller.start(self._start)
+        return controller
 
 
 def float_graph(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Captured:

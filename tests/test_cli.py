@@ -76,7 +76,7 @@ def test_explain(arguments: tuple[str, ...], status: int, text: str) -> None:
     assert text in result.output
 
 
-@pytest.mark.parametrize("command", [(), ("targets",), ("explain",)])
+@pytest.mark.parametrize("command", [(), *((name,) for name in main.commands)])
 def test_help_has_an_example(command: tuple[str, ...]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0

@@ -134,6 +134,14 @@ def test_show_prints_the_same_table(terminal: Terminal) -> None:
     assert "Quantized under bops <= 2%, weights <= 600 byte" in terminal.text
 
 
+def test_sweep_shows_each_point_and_then_all_of_them(terminal: Terminal) -> None:
+    points = ("--budget", "bops <= 2%", "--budget", "bops <= 1%", "--epochs", "1")
+    assert terminal.run("sweep", "mynet:make", "--data", "mynet:batches", *points) == 0
+    assert "point 2 of 2: bops <= 1%" in terminal.lines
+    assert any(line.startswith("│ bops <= 1%") for line in terminal.lines)
+    assert terminal.text.endswith("the points are in sweep")
+
+
 def test_ctrl_c_is_no_traceback(terminal: Terminal) -> None:
     status = terminal.run(
         *("quantize", "mynet:make", "--data", "mynet:batches", "--epochs", "100000"),

@@ -1,0 +1,275 @@
+"""`sweep`: one model under many budgets, to see what accuracy costs.
+
+Budgets are ordered from the loosest to the tightest; each point starts from the weights and bits of
+its neighbour. With several jobs the order is cut into as many stretches, which run at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from pickle import PicklingError
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch.export import ExportedProgram
+
+from cgmq_fx.artifact import load
+from cgmq_fx.cost_models import (
+    Budget,
+    BudgetLike,
+    Ledger,
+    check_cost_models,
+    check_feasible,
+    highest_bits,
+    parse_budget,
+)
+from cgmq_fx.cost_models.errors import OptionError
+from cgmq_fx.data import example_inputs_of
+from cgmq_fx.directions import Direction
+from cgmq_fx.driver import DEFAULT_EPOCHS, quantize
+from cgmq_fx.passes.scheme import Scheme
+from cgmq_fx.prepared import float_graph, quantized_graph
+from cgmq_fx.presets import TargetLike, deployment
+from cgmq_fx.result import Result
+from cgmq_fx.sweep_result import Sweep, SweepPoint
+from cgmq_fx.training import Loss, Metric, OptimizerFactory, default_optimizer
+
+_MANIFEST = "sweep.json"
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Everything about a sweep but its budgets; picklable if what the user gave is."""
+
+    model: nn.Module | ExportedProgram
+    train_data: Iterable[Any] | None
+    loss: Loss | None
+    val_data: Iterable[Any] | None
+    epochs: int
+    example_inputs: Any
+    scheme: Scheme | None
+    direction: str | Direction
+    target: TargetLike | None
+    optimizer: OptimizerFactory
+    metric: Metric | None
+    seed: int
+
+    def run(self, budget: str, start: Result | None, progress: bool) -> Result:
+        """Quantize for one budget."""
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        model, data = options.pop("model"), options.pop("train_data")
+        return quantize(model, budget, data, start=start, progress=progress, **options)
+
+    def fingerprint(self) -> str:
+        """Changes with the model and with the options, as far as they can be told apart."""
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            if isinstance(tensor, torch.Tensor):
+                data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(data.numpy().tobytes())
+        named = [getattr(self, n) for n in ("loss", "direction", "target", "optimizer", "metric")]
+        options = [self.epochs, self.scheme, self.seed, *map(_name_of, named)]
+        digest.update(repr(options).encode())
+        return digest.hexdigest()
+
+
+def sweep(
+    model: nn.Module | ExportedProgram,
+    budgets: Iterable[BudgetLike],
+    train_data: Iterable[Any] | None = None,
+    *,
+    loss: Loss | None = None,
+    val_data: Iterable[Any] | None = None,
+    epochs: int = DEFAULT_EPOCHS,
+    example_inputs: Any = None,
+    scheme: Scheme | None = None,
+    direction: str | Direction = "marginal",
+    target: TargetLike | None = None,
+    optimizer: OptimizerFactory = default_optimizer,
+    metric: Metric | None = None,
+    progress: bool = True,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    jobs: int | None = None,
+) -> Sweep:
+    """Quantize a model under many budgets: accuracy over cost, and its Pareto front.
+
+    Args:
+        model: As for `quantize`, like all options that are not listed here.
+        budgets: The budgets, in any order; all of them are checked before any training.
+        train_data: Batches.
+        loss: The loss.
+        val_data: Batches to compare the points on; without it their training losses are compared.
+        epochs: Epochs per point.
+        example_inputs: Inputs to trace with.
+        scheme: Bit-widths and granularity.
+        direction: Which way gates move.
+        target: Where the model is to run.
+        optimizer: Makes an optimizer of parameter groups.
+        metric: `metric(output, target)`, higher is better.
+        progress: Whether to show progress.
+        seed: Seed of all that is random.
+        folder: Keeps a file per point. Called again with the same model and options, a sweep
+            continues where it was stopped, and takes further budgets.
+        jobs: How many points to train at once. By default one per device if the model is on one of
+            several GPUs, else one. More need the package `loky`, and pass the model and the data to
+            other processes.
+
+    Returns:
+        The points, from the loosest budget to the tightest.
+
+    Raises:
+        CgmqError: As for `quantize`; if the folder holds another sweep, or there is no budget.
+    """
+    task = _Task(
+        model,
+        train_data,
+        loss,
+        val_data,
+        epochs,
+        example_inputs,
+        scheme,
+        direction,
+        target,
+        optimizer,
+        metric,
+        seed,
+    )
+    ordered = _ordered(task, budgets)
+    with tempfile.TemporaryDirectory() as temporary:
+        kept = Path(temporary if folder is None else folder)
+        _claim(kept, task.fingerprint())
+        workers = min(_jobs(jobs, model), len(ordered))
+        if workers == 1:
+            _run_stretch(task, ordered, kept, Console(stderr=True) if progress else None)
+        else:
+            _run_parallel(task, ordered, kept, workers)
+        return Sweep(tuple(SweepPoint(b, load(_file(kept, b)), _kept(folder, b)) for b in ordered))
+
+
+def _ordered(task: _Task, budgets: Iterable[BudgetLike]) -> list[str]:
+    """The budgets as text, the loosest first; each is known to be feasible."""
+    place = deployment(task.target)
+    parsed = [parse_budget(budget, place.chip) for budget in budgets]
+    if not parsed:
+        raise OptionError('a sweep needs budgets, such as ["bops <= 1%", "bops <= 0.5%"]')
+    inputs = example_inputs_of(
+        task.model, task.example_inputs, task.train_data, task.loss is not None
+    )
+    _, facts = quantized_graph(float_graph(task.model, inputs), place.scheme(task.scheme))
+
+    def looseness(budget: Budget) -> float:
+        """The smallest bound as a share of what the model costs at most."""
+        check_cost_models(facts, budget)
+        check_feasible(facts, budget)
+        ledger = Ledger(facts, budget, highest_bits(facts))
+        pairs = zip(ledger.limits, ledger.totals, strict=True)
+        return min(limit / total if total else 1.0 for limit, total in pairs)
+
+    unique = {str(budget): looseness(budget) for budget in parsed}
+    return sorted(unique, key=lambda text: -unique[text])
+
+
+def _claim(folder: Path, fingerprint: str) -> None:
+    """Make the folder this sweep's own, or see that it is."""
+    manifest = folder / _MANIFEST
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not manifest.exists():
+            manifest.write_text(json.dumps({"sweep": fingerprint}))
+        found = json.loads(manifest.read_text())
+    except (OSError, ValueError) as error:
+        raise OptionError(f"the sweep cannot be kept in {folder}: {error}") from error
+    if not isinstance(found, dict) or found.get("sweep") != fingerprint:
+        raise OptionError(
+            f"{folder} holds a sweep of another model or with other options; give another folder"
+        )
+
+
+def _run_stretch(
+    task: _Task, budgets: Sequence[str], folder: Path, console: Console | None
+) -> None:
+    """Train the points that are not there yet, each from the one before it."""
+    before: Result | None = None
+    for number, budget in enumerate(budgets, 1):
+        file = _file(folder, budget)
+        if file.exists():
+            before = load(file)
+            continue
+        if console is not None:
+            console.print(f"point {number} of {len(budgets)}: {budget}", highlight=False)
+        before = task.run(budget, before, progress=console is not None)
+        before.save(file)
+
+
+def _run_parallel(task: _Task, budgets: Sequence[str], folder: Path, workers: int) -> None:
+    try:
+        from loky import ProcessPoolExecutor
+    except ImportError as error:
+        raise OptionError(
+            'several jobs need loky, which is not installed: pip install "cgmq-fx[sweep]"'
+        ) from error
+    cores = max(1, (os.cpu_count() or 1) // workers)
+    with ProcessPoolExecutor(workers) as pool:
+        futures = [
+            pool.submit(_work, task, stretch, folder, index, cores)
+            for index, stretch in enumerate(_stretches(budgets, workers))
+        ]
+        try:
+            for future in futures:
+                future.result()
+        except PicklingError as error:
+            raise OptionError(
+                f"the model, the data or a function cannot be passed to other processes: {error}; "
+                "use jobs=1"
+            ) from error
+
+
+def _work(task: _Task, budgets: Sequence[str], folder: Path, index: int, cores: int) -> None:
+    """What one process does."""
+    torch.set_num_threads(cores)
+    if _device(task.model).type == "cuda" and isinstance(task.model, nn.Module):
+        task.model.to(torch.device("cuda", index % torch.cuda.device_count()))
+    _run_stretch(task, budgets, folder, None)
+
+
+def _stretches(budgets: Sequence[str], count: int) -> Iterator[Sequence[str]]:
+    """`count` neighbouring stretches that differ in length by one at most."""
+    ends = [len(budgets) * i // count for i in range(count + 1)]
+    yield from (budgets[a:b] for a, b in pairwise(ends))
+
+
+def _jobs(asked: int | None, model: nn.Module | ExportedProgram) -> int:
+    if asked is None:
+        return torch.cuda.device_count() if _device(model).type == "cuda" else 1
+    if type(asked) is not int or asked < 1:
+        raise OptionError(f"jobs must be a whole number, 1 or more, not {asked!r}")
+    return asked
+
+
+def _device(model: nn.Module | ExportedProgram) -> torch.device:
+    tensors = [t for t in model.state_dict().values() if isinstance(t, torch.Tensor)]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _file(folder: Path, budget: str) -> Path:
+    return folder / f"{hashlib.sha256(budget.encode()).hexdigest()[:16]}.safetensors"
+
+
+def _kept(folder: str | Path | None, budget: str) -> Path | None:
+    return None if folder is None else _file(Path(folder), budget)
+
+
+def _name_of(value: Any) -> str:
+    """What tells options apart from one run of a program to the next: no addresses."""
+    return getattr(value, "__qualname__", None) or f"{type(value).__name__} {value!s:.60}"

@@ -1,0 +1,199 @@
+"""Sweeps: order, warm starts, resuming, several jobs, and the Pareto front."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import cgmq_fx
+from cgmq_fx import InfeasibleBudgetError, OptionError, Result, Sweep, SweepPoint, sweeping
+from tests.nets import small_classifier
+
+BUDGETS = ["bops <= 1%", "bops <= 6%", "bops <= 2%"]
+
+
+def data() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.rand(8, 3, generator=generator), torch.tensor([0, 1] * 4)) for _ in range(5)]
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return small_classifier()
+
+
+def run(folder: Path | None = None, budgets: Any = BUDGETS, **options: Any) -> Sweep:
+    return cgmq_fx.sweep(
+        *(model(), budgets, data()),
+        **{"loss": cross_entropy, "val_data": data(), "epochs": 2, "progress": False, **options},
+        folder=folder,
+    )
+
+
+def test_points_go_from_loose_to_tight_and_satisfy() -> None:
+    found = run()
+    assert [p.budget for p in found] == ["bops <= 6%", "bops <= 2%", "bops <= 1%"]
+    assert all(p.result.cost.satisfied and p.file is None for p in found)
+    assert len(found) == 3
+    assert found[2].shares["bops"] <= 0.01
+
+
+def test_each_point_starts_from_its_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[Result | None] = []
+
+    def spied(*args: Any, start: Result | None, **options: Any) -> Result:
+        starts.append(start)
+        return cgmq_fx.quantize(*args, start=start, **options)
+
+    monkeypatch.setattr(sweeping, "quantize", spied)
+    run()
+    assert [None if s is None else str(s.budget) for s in starts] == [
+        None,
+        "bops <= 6%",
+        "bops <= 2%",
+    ]
+
+
+def test_a_stopped_sweep_trains_only_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(tmp_path, BUDGETS[:2])
+    trained: list[str] = []
+
+    def spied(model: Any, budget: str, *args: Any, **options: Any) -> Result:
+        trained.append(budget)
+        return cgmq_fx.quantize(model, budget, *args, **options)
+
+    monkeypatch.setattr(sweeping, "quantize", spied)
+    second = run(tmp_path)
+    assert trained == ["bops <= 2%"]
+    assert [p.file for p in first] == [second[0].file, second[2].file]
+    assert all(p.file is not None and p.file.is_file() for p in second)
+
+
+@pytest.mark.parametrize("changed", [{"epochs": 3}, {"seed": 1}, {"loss": None}])
+def test_a_folder_of_another_sweep_is_refused(changed: dict[str, Any], tmp_path: Path) -> None:
+    run(tmp_path, ["bops <= 6%"], epochs=1)
+    with pytest.raises(OptionError, match="another model or with other options"):
+        run(tmp_path, ["bops <= 6%"], **{"epochs": 1, **changed})
+
+
+@pytest.mark.parametrize(
+    ("budgets", "options", "error", "text"),
+    [
+        ([], {}, OptionError, "a sweep needs budgets"),
+        (["bops <= 5%", "bops <= 0.01%"], {}, InfeasibleBudgetError, "cannot be met"),
+        (BUDGETS, {"jobs": 0}, OptionError, "jobs must be a whole number"),
+    ],
+)
+def test_mistakes_are_found_before_training(
+    budgets: list[str], options: Any, error: type[Exception], text: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=text):
+        run(tmp_path, budgets, **options)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_folder_that_is_a_file_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OptionError, match="cannot be kept in"):
+        run(tmp_path / "file")
+
+
+def test_several_jobs_give_the_same_points(tmp_path: Path) -> None:
+    pytest.importorskip("loky")
+    found = run(tmp_path, BUDGETS[:2], jobs=2, epochs=1)
+    assert [p.budget for p in found] == ["bops <= 6%", "bops <= 1%"]
+    assert all(p.result.cost.satisfied for p in found)
+
+
+def test_what_cannot_be_passed_on_is_said(tmp_path: Path) -> None:
+    pytest.importorskip("loky")
+    with (
+        (tmp_path / "open").open("w") as handle,
+        pytest.raises(OptionError, match="cannot be passed to other processes"),
+    ):
+        run(tmp_path, BUDGETS[:2], jobs=2, metric=lambda output, target: handle.fileno())
+
+
+@pytest.mark.parametrize(
+    ("count", "lengths"), [(1, [7]), (2, [3, 4]), (3, [2, 2, 3]), (7, [1] * 7)]
+)
+def test_stretches_are_neighbouring_and_even(count: int, lengths: list[int]) -> None:
+    stretches = list(sweeping._stretches([str(i) for i in range(7)], count))
+    assert [len(s) for s in stretches] == lengths
+    assert [int(b) for s in stretches for b in s] == list(range(7))
+
+
+def point(cost: float, accuracy: float, budget: str = "") -> SweepPoint:
+    """A point with a made-up cost and accuracy."""
+    result = cgmq_fx.prepare(model(), "bops <= 50%", torch.rand(2, 3)).finalize()
+    state = replace(result.cost.states[0], value=cost)
+    result.cost = replace(result.cost, states=(state,))
+    result.metrics = {"accuracy": accuracy, "loss": 9.0}
+    return SweepPoint(budget, result)
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    points = (point(9, 0.9), point(5, 0.95), point(3, 0.8), point(2, 0.8), point(1, 0.5))
+    front = Sweep(points).front
+    assert [(p.costs["bops"], p.quality) for p in front] == [(5, 0.95), (2, 0.8), (1, 0.5)]
+
+
+def test_equal_points_are_both_on_the_front() -> None:
+    assert len(Sweep((point(1, 0.5), point(1, 0.5))).front) == 2
+
+
+def test_a_lower_loss_is_better() -> None:
+    low, high = point(1, 0), point(2, 0)
+    low.result.metrics, high.result.metrics = {"loss": 0.2}, {"loss": 0.4}
+    assert Sweep((low, high)).front == (low,)
+    low.result.metrics = {}
+    assert low.measure[0] == "training loss"
+
+
+def test_the_table_and_the_rows_show_every_point(tmp_path: Path) -> None:
+    found = run(tmp_path, epochs=1)
+    table = str(found)
+    assert all(budget in table for budget in BUDGETS)
+    rows = json.loads(json.dumps(found.rows()))
+    assert [row["budget"] for row in rows] == [p.budget for p in found]
+    assert any(row["on_front"] for row in rows)
+    assert found.plot(tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(OptionError, match="cannot be written"):
+        found.plot(tmp_path / "front.nothing")
+
+
+def test_rows_as_a_data_frame() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = Sweep((point(1, 0.5, "a"), point(2, 0.6, "b"))).to_dataframe()
+    assert isinstance(frame, pandas.DataFrame)
+    assert list(frame["bops"]) == [1, 2]
+
+
+def test_a_start_of_another_model_is_refused() -> None:
+    other = cgmq_fx.prepare(nn.Linear(3, 3), "bops <= 50%", torch.rand(2, 3)).finalize()
+    with pytest.raises(OptionError, match="a result of another model"):
+        cgmq_fx.quantize(model(), "bops <= 50%", data(), start=other, epochs=1, progress=False)
+
+
+def test_a_start_gives_weights_and_bits() -> None:
+    done = cgmq_fx.quantize(
+        model(), "bops <= 2%", data(), loss=cross_entropy, epochs=1, progress=False
+    )
+    prepared = cgmq_fx.prepare(model(), "bops <= 3%", torch.rand(2, 3))
+    prepared.start_from(done)
+    prepared.calibrate(data())
+    bits = prepared.controller.assignment
+    assert all((bits[n] == b).all() for n, b in done.cost.assignment.items())
+    state = prepared.model.state_dict()
+    weights = {n: t for n, t in done.model.named_parameters() if not n.startswith("cgmq")}
+    assert weights
+    assert all(torch.equal(state[n], t) for n, t in weights.items())
