@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from cgmq_fx.passes import native
 from cgmq_fx.passes.grid import PASS_THROUGH, grid, round_to_grid
 
 
@@ -68,8 +69,8 @@ def fake_quantize(
     Returns:
         A tensor like `x`.
     """
-    y = _wide(x)
-    return round_to_grid(y, limit.to(y.dtype), bits, signed).to(x.dtype)
+    found = native.forward(x, limit, bits, signed)
+    return reference(x, limit, bits, signed) if found is None else found
 
 
 @fake_quantize.register_fake
@@ -98,22 +99,15 @@ def fake_quantize_backward(
     statistic: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `fake_quantize` with respect to `x`, `limit` and `probe`."""
-    wide, beta = _wide(x), limit.to(_wide(x).dtype)
-    g = grad.to(wide.dtype)
-    step, low, high = grid(beta, bits, signed)
-    passed = bits >= PASS_THROUGH
-    rangeless = passed | (bits == 0)
-    inside = (wide.abs() <= beta) if signed else (wide >= 0) & (wide <= beta)
-    inside = inside | passed
-    codes = wide / step
-    error = codes.round().clamp_(low, high) - codes * inside
-    error = torch.where(rangeless, torch.zeros_like(error), error)
-    per_range = (g * error * (step / beta)).sum_to_size(limit.shape)
-    count = max(x.numel(), 1) / max(limit.numel(), 1) * high.mean().clamp(min=1.0)
-    grad_limit = (per_range / count.sqrt()).to(limit.dtype).contiguous()
-    grad_x = torch.mul(grad, inside, out=torch.empty_like(x, dtype=grad.dtype))
-    reported = _statistic(g, wide, beta, bits, adjacent, signed, batched, Statistic(statistic))
-    return grad_x, grad_limit, reported.to(limit.dtype).contiguous()
+    kind = Statistic(statistic)
+    next_bits = adjacent if kind is Statistic.CHANGE else None
+    found = native.backward(grad, x, limit, bits, next_bits, signed)
+    if found is None:
+        return reference_backward(grad, x, limit, bits, adjacent, signed, batched, kind)
+    if kind is Statistic.MAGNITUDES:
+        reported = _magnitudes(_wide(grad), _wide(x), bits, batched)
+        return *found[:2], reported.to(limit.dtype).contiguous()
+    return found
 
 
 @fake_quantize_backward.register_fake
@@ -130,6 +124,41 @@ def _(
     rows = Statistic(statistic).rows
     reported = limit.new_empty((rows, *bits.shape))
     return torch.empty_like(x, dtype=grad.dtype), limit.new_empty(limit.shape), reported
+
+
+def reference(x: Tensor, limit: Tensor, bits: Tensor, signed: bool) -> Tensor:
+    """What `fake_quantize` is, in plain operators."""
+    y = _wide(x)
+    return round_to_grid(y, limit.to(y.dtype), bits, signed).to(x.dtype)
+
+
+def reference_backward(
+    grad: Tensor,
+    x: Tensor,
+    limit: Tensor,
+    bits: Tensor,
+    adjacent: Tensor | None,
+    signed: bool,
+    batched: bool,
+    statistic: Statistic,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `fake_quantize_backward` is, in plain operators."""
+    wide, beta = _wide(x), limit.to(_wide(x).dtype)
+    g = grad.to(wide.dtype)
+    step, low, high = grid(beta, bits, signed)
+    passed = bits >= PASS_THROUGH
+    rangeless = passed | (bits == 0)
+    inside = (wide.abs() <= beta) if signed else (wide >= 0) & (wide <= beta)
+    inside = inside | passed
+    codes = wide / step
+    error = codes.round().clamp_(low, high) - codes * inside
+    error = torch.where(rangeless, torch.zeros_like(error), error)
+    per_range = (g * error * (step / beta)).sum_to_size(limit.shape)
+    count = max(x.numel(), 1) / max(limit.numel(), 1) * high.mean().clamp(min=1.0)
+    grad_limit = (per_range / count.sqrt()).to(limit.dtype).contiguous()
+    grad_x = torch.mul(grad, inside, out=torch.empty_like(x, dtype=grad.dtype))
+    reported = _statistic(g, wide, beta, bits, adjacent, signed, batched, statistic)
+    return grad_x, grad_limit, reported.to(limit.dtype).contiguous()
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -151,12 +180,16 @@ def _statistic(
         change = round_to_grid(x, limit, adjacent, signed).sub_(here).mul_(g)
         return change.square_().sum_to_size(bits.shape).unsqueeze(0)
     if statistic is Statistic.MAGNITUDES:
-        if batched:
-            g, x = g.mean(0, keepdim=True), x.mean(0, keepdim=True)
-        g, x = g.abs(), x.abs()
-        share = max(bits.numel(), 1) / max(x.numel(), 1)
-        return torch.stack([t.sum_to_size(bits.shape) * share for t in (g, x, g * x)])
+        return _magnitudes(g, x, bits, batched)
     return x.new_empty((0, *bits.shape))
+
+
+def _magnitudes(g: Tensor, x: Tensor, bits: Tensor, batched: bool) -> Tensor:
+    if batched:
+        g, x = g.mean(0, keepdim=True), x.mean(0, keepdim=True)
+    g, x = g.abs(), x.abs()
+    share = max(bits.numel(), 1) / max(x.numel(), 1)
+    return torch.stack([t.sum_to_size(bits.shape) * share for t in (g, x, g * x)])
 
 
 def _setup(ctx: FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:

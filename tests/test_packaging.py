@@ -156,7 +156,8 @@ def test_wheel_holds_the_modules_and_nothing_else(wheel: Path) -> None:
     } | {
         f"cgmq_fx/{file.relative_to(ROOT)}"
         for layer in ("passes", "cost_models")
-        for file in [*(ROOT / layer).glob("*.py"), *(ROOT / layer).glob("targets/*.json")]
+        for pattern in ("*.py", "*.cpp", "*.h", "targets/*.json")
+        for file in (ROOT / layer).glob(pattern)
     }
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
