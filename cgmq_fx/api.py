@@ -34,6 +34,7 @@ from cgmq_fx.cost_models.errors import (
     CgmqError,
     CostModelError,
     DataError,
+    ExportError,
     InfeasibleBudgetError,
     OptionError,
     PassError,
@@ -46,6 +47,7 @@ from cgmq_fx.cost_models.errors import (
 from cgmq_fx.directions import Direction
 from cgmq_fx.driver import quantize
 from cgmq_fx.explanation import Explanation, explain
+from cgmq_fx.exporters import Exported, Exporter, export, register_exporter
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.prepared import Prepared, prepare
 from cgmq_fx.presets import PRESETS, Preset
@@ -75,6 +77,9 @@ __all__ = [
     "Direction",
     "Energy",
     "Explanation",
+    "ExportError",
+    "Exported",
+    "Exporter",
     "GraphBits",
     "GraphFacts",
     "InfeasibleBudgetError",
@@ -99,10 +104,12 @@ __all__ = [
     "UnsupportedModelError",
     "WeightMemory",
     "explain",
+    "export",
     "load",
     "load_target",
     "prepare",
     "quantize",
     "register_cost_model",
+    "register_exporter",
     "sweep",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule
 
@@ -12,6 +13,9 @@ from cgmq_fx.cost_models import Budget
 from cgmq_fx.history import History
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.verify import CostReport
+
+if TYPE_CHECKING:
+    from cgmq_fx.exporters import Exported
 
 
 @dataclass
@@ -49,6 +53,19 @@ class Result:
         from cgmq_fx.artifact import save
 
         return save(self, Path(path))
+
+    def export(
+        self,
+        path: str | Path,
+        format: str | None = None,
+        *,
+        verify: bool = True,
+        samples: Iterable[Any] | None = None,
+    ) -> Exported:
+        """Write a file that a runtime executes, and check it there; see `cgmq_fx.export`."""
+        from cgmq_fx.exporters import export
+
+        return export(self, path, format, verify=verify, samples=samples)
 
     def plot(self, folder: str | Path) -> list[Path]:
         """Write plots as PNG files: bits and cost per layer; cost and metrics over time.

@@ -63,5 +63,9 @@ class BoundError(CgmqError):
     """The verification of a finished model found a constraint that does not hold."""
 
 
+class ExportError(CgmqError):
+    """A model cannot be written in a format, or what was written does not run as it should."""
+
+
 class ArtifactError(CgmqError):
     """A file is not an artifact of cgmq_fx, is damaged, or is of a newer format."""

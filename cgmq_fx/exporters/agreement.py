@@ -1,0 +1,182 @@
+"""Agreement: how far what a runtime computes is from what the graph computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from cgmq_fx.passes.capture import ExampleInputs
+from cgmq_fx.passes.codes import is_dequantize, is_quantize
+from cgmq_fx.passes.copying import copy_graph
+from cgmq_fx.passes.state import sources, tensor_at
+
+TOLERATED_STEPS = 1.0
+TOLERATED_SHARE = 0.9
+_EXACT = 1e-2
+"""Steps within which two float32 values are the same code."""
+
+_LEVELS = 255
+_SATURATION = 3.0
+"""Standard deviations of generated inputs, in ranges of the input's quantizer."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the outputs of an artifact compare with those of the lowered graph.
+
+    The graph is run in float64, where sums of products of codes are exact as they are in integers:
+    in float32 rounding errors of its own would move some sums over the border between two codes.
+    A step is the distance of neighbouring values of the output's grid; of an output that no
+    quantizer rounds it is 1/255 of its span on the data. An artifact is as it should be if at least
+    90 % of all output values are at most one step off: where a sum lies on the border between two
+    codes, correct runtimes round it to either, and what follows in this sample differs.
+
+    Attributes:
+        exact: Share of output values that are equal to rounding.
+        within: Share that is at most one step off.
+        largest: Largest difference, in steps.
+        argmax: Share of rows (along the last axis) whose largest value is at the same place.
+        values: How many output values were compared.
+    """
+
+    exact: float
+    within: float
+    largest: float
+    argmax: float
+    values: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether the artifact is as it should be."""
+        return self.values > 0 and self.within >= TOLERATED_SHARE
+
+    def __str__(self) -> str:
+        return (
+            f"{self.exact:.2%} of {self.values:,} outputs exact, {self.within:.2%} within a step, "
+            f"largest difference {self.largest:.3g} steps, arg-max equal in {self.argmax:.2%}"
+        )
+
+
+def compare(
+    module: GraphModule, found: Sequence[Sequence[Tensor]], batches: Sequence[ExampleInputs]
+) -> Agreement:
+    """Compare what a runtime gave with what a lowered graph gives for the same inputs.
+
+    Args:
+        module: The lowered graph.
+        found: For every batch the flat outputs of the runtime.
+        batches: The inputs.
+    """
+    expected = exact_outputs(module, batches)
+    steps = output_steps(module, expected)
+    exact = within = rows = hits = total = 0
+    largest = 0.0
+    for ours, theirs in zip(expected, found, strict=True):
+        for step, wanted, given in zip(steps, ours, theirs, strict=True):
+            if wanted.shape != given.shape:
+                return Agreement(0.0, 0.0, float("inf"), 0.0, wanted.numel())
+            off = ((given.double() - wanted.double()) / step).abs().nan_to_num(float("inf"))
+            exact += int((off <= _EXACT).sum())
+            within += int((off <= TOLERATED_STEPS + _EXACT).sum())
+            largest = max(largest, float(off.max()) if off.numel() else 0.0)
+            total += off.numel()
+            if wanted.dim():
+                same = wanted.argmax(-1) == given.argmax(-1)
+                hits, rows = hits + int(same.sum()), rows + same.numel()
+    return Agreement(
+        exact / max(total, 1), within / max(total, 1), largest, hits / max(rows, 1), total
+    )
+
+
+def exact_outputs(module: GraphModule, batches: Sequence[ExampleInputs]) -> list[list[Tensor]]:
+    """The outputs in float64, or in float32 where the graph insists on that."""
+    try:
+        wide = copy_graph(module).double()
+        return outputs_of(wide, [b.map(_wide) for b in batches])
+    except RuntimeError:  # an op has a dtype of its own
+        return outputs_of(module, batches)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def outputs_of(module: GraphModule, batches: Sequence[ExampleInputs]) -> list[list[Tensor]]:
+    """The flat tensor outputs of a graph for every batch."""
+    with torch.no_grad():
+        found = [pytree.tree_leaves(module(*b.args, **b.kwargs)) for b in batches]
+    return [[leaf for leaf in leaves if isinstance(leaf, Tensor)] for leaves in found]
+
+
+def output_steps(module: GraphModule, outputs: Sequence[Sequence[Tensor]]) -> list[float]:
+    """The step of every output: of its grid if it has one, else of its span on the data."""
+    nodes = [n for n in pytree.tree_leaves(module.graph.output_node().args) if isinstance(n, Node)]
+    steps = []
+    for index, columns in enumerate(zip(*outputs, strict=True)):
+        own = _grid_step(module, nodes[index]) if index < len(nodes) else None
+        whole = torch.cat([c.detach().double().flatten() for c in columns])
+        span = float(whole.max() - whole.min()) if whole.numel() else 0.0
+        steps.append(own or span / _LEVELS or 1.0)
+    return steps
+
+
+def _grid_step(module: GraphModule, node: Node) -> float | None:
+    """The step of the grid that a node's values are on."""
+    for source in sources(node):
+        if is_dequantize(source):
+            return _step(module, source)
+    return None
+
+
+def trial_batches(module: GraphModule, inputs: ExampleInputs, size: int) -> list[ExampleInputs]:
+    """Inputs that drive the quantizers into saturation, as repeatable random numbers.
+
+    Floating-point inputs get three times the range of their quantizer as standard deviation, or of
+    the example's largest value; others repeat what the example holds.
+
+    Args:
+        module: The lowered graph.
+        inputs: Example inputs.
+        size: Samples, where the batch is free.
+    """
+    generator = torch.Generator().manual_seed(0)
+    limits = [_reach(module, node) for node in module.graph.find_nodes(op="placeholder")]
+    leaves, spec = pytree.tree_flatten((inputs.args, dict(inputs.kwargs)))
+    batches = []
+    for _ in range(max(size // (inputs.batch or 1), 1)):
+        pairs = zip(leaves, limits, strict=True)
+        drawn = [_saturating(leaf, limit, generator) for leaf, limit in pairs]
+        batches.append(ExampleInputs(*pytree.tree_unflatten(drawn, spec)))
+    return batches
+
+
+def _saturating(leaf: Any, limit: float | None, generator: torch.Generator) -> Any:
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return leaf
+    scale = limit or float(leaf.abs().max() if leaf.numel() else 0.0) or 1.0
+    noise = torch.randn(leaf.shape, generator=generator) * (_SATURATION * scale)
+    return noise.to(leaf.dtype)
+
+
+def _reach(module: GraphModule, node: Node) -> float | None:
+    """The largest value of the grid that an input is rounded to first."""
+    for user in node.users:
+        if is_quantize(user):
+            step, highest = _step(module, user), user.args[4]
+            return None if step is None else step * max(highest)  # type: ignore[arg-type]
+        if len(node.users) == 1:
+            return _reach(module, user)
+    return None
+
+
+def _step(module: GraphModule, node: Node) -> float | None:
+    """The step of a quantize or dequantize node; the largest one of several."""
+    read = node.args[1]
+    step = tensor_at(module, read.target) if isinstance(read, Node) else None
+    return None if step is None else float(step.max())

@@ -1,0 +1,109 @@
+"""`export`: write, run, compare, count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from cgmq_fx.cost_models.errors import CgmqError, ExportError
+from cgmq_fx.data import Signature, calibration_batches
+from cgmq_fx.exporters.agreement import Agreement, compare, trial_batches
+from cgmq_fx.exporters.exporter import Exporter, Source, find_exporter
+from cgmq_fx.passes.capture import ExampleInputs
+from cgmq_fx.result import Result
+
+_SAMPLES = 32
+_SAMPLE_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written.
+
+    Attributes:
+        path: The file.
+        format: Name of its format.
+        agreement: How its runtime compares with the graph; None if it was not run.
+    """
+
+    path: Path
+    format: str
+    agreement: Agreement | None
+
+    def __str__(self) -> str:
+        size = f"{self.path} ({self.format}, {self.path.stat().st_size:,} bytes)"
+        return size if self.agreement is None else f"{size}: {self.agreement}"
+
+
+def export(
+    result: Result,
+    path: str | Path,
+    format: str | None = None,
+    *,
+    verify: bool = True,
+    samples: Iterable[Any] | None = None,
+) -> Exported:
+    """Write a quantized model as a file that a runtime executes.
+
+    Args:
+        result: What `quantize`, `Prepared.finalize` or `load` gave.
+        path: The file; replaced if it exists, and left alone if anything goes wrong.
+        format: Name of the format; by default the suffix decides.
+        verify: Whether to run the file in its runtime, on data that saturates the quantizers and on
+            `samples`, and compare it with the graph.
+        samples: Batches of inputs, in any of the forms that `quantize` takes; the first four are
+            used.
+
+    Returns:
+        What was written, and how well it agrees.
+
+    Raises:
+        ExportError: If there is no such format, a package is missing, the graph cannot be
+            expressed, or the runtime computes something else.
+    """
+    path = Path(path)
+    exporter = find_exporter(path, format)
+    exporter.check_installed()
+    source = Source(result)
+    try:
+        with TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
+            temporary = Path(folder) / path.name
+            exporter.write(source, temporary)
+            agreement = _verified(exporter, source, temporary, samples) if verify else None
+            temporary.replace(path)
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error}") from error
+    return Exported(path, exporter.name, agreement)
+
+
+def _verified(
+    exporter: Exporter, source: Source, path: Path, samples: Iterable[Any] | None
+) -> Agreement:
+    batches = [source.inputs, *trial_batches(source.lowered, source.inputs, _SAMPLES)]
+    if samples is not None:
+        batches += _given(source, samples)
+    try:
+        found = exporter.run(path, batches)
+    except CgmqError:
+        raise
+    except Exception as error:
+        raise ExportError(f"the runtime of {exporter.name!r} refuses the file: {error}") from error
+    agreement = compare(source.lowered, found, batches)
+    if not agreement.holds:
+        raise ExportError(
+            f"the file runs, but does not compute what the model computes: {agreement}; it was "
+            "removed"
+        )
+    return agreement
+
+
+def _given(source: Source, samples: Iterable[Any]) -> list[ExampleInputs]:
+    names = tuple(str(n.target) for n in source.lowered.graph.find_nodes(op="placeholder"))
+    signature = Signature.like(source.inputs, names)
+    device = source.inputs.tensors[0].device
+    return calibration_batches(
+        samples, signature, supervised=False, count=_SAMPLE_BATCHES, device=device
+    )

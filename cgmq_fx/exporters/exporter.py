@@ -1,0 +1,144 @@
+"""What an exporter is, and the registry of formats."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from cgmq_fx.cost_models.errors import ExportError
+from cgmq_fx.passes.capture import ExampleInputs
+from cgmq_fx.passes.lower import lower
+from cgmq_fx.result import Result
+
+_BUILT_IN = ("onnx_file", "pt2_file")
+"""Modules of this package that register formats."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported.
+
+    Attributes:
+        result: The quantized model.
+        manifest: JSON text that belongs into the file, where its format has a place for text.
+    """
+
+    result: Result
+    manifest: str = "{}"
+
+    @property
+    def inputs(self) -> ExampleInputs:
+        """Example inputs with memory of their own: files hold the whole storage of a view."""
+        return self.result.inputs.map(lambda t: t.detach().cpu().clone())
+
+    @cached_property
+    def lowered(self) -> GraphModule:
+        """The lowered graph, on the CPU; signed codes in signed containers. Not to be edited."""
+        return lower(self.result.model, self.inputs)
+
+    @cached_property
+    def lowered_with_offset(self) -> GraphModule:
+        """The same with the codes of signed activations in unsigned containers."""
+        return lower(self.result.model, self.inputs, offset=True)
+
+
+class Exporter(ABC):
+    """A format.
+
+    Attributes:
+        name: What users call it.
+        suffix: Ending of its files; the first registered format with a suffix is its default.
+        packages: Import names of what must be installed to write and run it.
+        extra: The extra of this library that installs them, empty if it needs none.
+    """
+
+    name: ClassVar[str]
+    suffix: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str] = ""
+
+    @abstractmethod
+    def write(self, source: Source, path: Path) -> None:
+        """Write the file.
+
+        Raises:
+            ExportError: If the graph holds something that the format cannot express.
+        """
+
+    @abstractmethod
+    def run(self, path: Path, batches: Sequence[ExampleInputs]) -> list[list[Tensor]]:
+        """Load the file in the runtime that it is meant for, and run it.
+
+        Args:
+            path: What `write` wrote.
+            batches: Inputs in the form of the source's example inputs.
+
+        Returns:
+            For every batch the outputs, flat, in the order of the graph.
+        """
+
+    def check_installed(self) -> None:
+        """Insist that all packages are there.
+
+        Raises:
+            ExportError: Naming those that are missing and the line that installs them.
+        """
+        missing = [name for name in self.packages if find_spec(name) is None]
+        if missing:
+            raise ExportError(
+                f"the format {self.name!r} needs {', '.join(missing)}; "
+                f'install with: pip install "cgmq-fx[{self.extra}]"'
+            )
+
+
+_EXPORTERS: dict[str, Exporter] = {}
+ExporterType = TypeVar("ExporterType", bound=type[Exporter])
+
+
+def register_exporter(kind: ExporterType) -> ExporterType:
+    """Make a format known; a class decorator.
+
+    Raises:
+        ExportError: If the name is taken.
+    """
+    if kind.name in _EXPORTERS:
+        raise ExportError(f"there is a format {kind.name!r} already")
+    _EXPORTERS[kind.name] = kind()
+    return kind
+
+
+def exporters() -> dict[str, Exporter]:
+    """All formats by name."""
+    for name in _BUILT_IN:
+        importlib.import_module(f"cgmq_fx.exporters.{name}")
+    return dict(_EXPORTERS)
+
+
+def find_exporter(path: Path, name: str | None) -> Exporter:
+    """The format that was asked for, by name or else by the suffix of the file.
+
+    Raises:
+        ExportError: If there is none.
+    """
+    known = exporters()
+    if name is not None:
+        if name not in known:
+            raise ExportError(f"there is no format {name!r}; there are {', '.join(known)}")
+        return known[name]
+    for exporter in known.values():
+        if path.suffix == exporter.suffix:
+            return exporter
+    suffixes = dict.fromkeys(e.suffix for e in known.values())
+    raise ExportError(
+        f"cannot tell the format of {path.name!r}: its suffix is none of {', '.join(suffixes)}; "
+        f"rename it or pass format=, one of {', '.join(known)}"
+    )

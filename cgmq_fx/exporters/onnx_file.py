@@ -1,0 +1,152 @@
+"""ONNX files in QDQ form: integers between QuantizeLinear and DequantizeLinear.
+
+Written by torch.onnx; the two ops of a lowered graph are translated here, and nothing else. What
+makes onnxruntime run integer kernels was measured: explicit zero points everywhere, unsigned
+containers for activations that go below zero, and a Clip on the codes where a grid has fewer codes
+than its container. (A runtime ignores limits that are not written out like this.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from cgmq_fx.cost_models.errors import ExportError
+from cgmq_fx.exporters.exporter import Exporter, Source, register_exporter
+from cgmq_fx.exporters.program import exported_program, quiet
+from cgmq_fx.passes.capture import ExampleInputs
+from cgmq_fx.passes.codes import DEQUANTIZE, QUANTIZE
+
+OPSET = 21
+"""The first one with 16-bit containers; onnxruntime refuses the newest that onnx writes."""
+
+_KEY = "cgmq_fx"
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """How torch.onnx writes the ops of a lowered graph."""
+    import onnx_ir as ir
+    from onnx import numpy_helper
+    from onnxscript import opset21 as op
+
+    def constant(value: Any, dtype: Any) -> Any:
+        return op.Constant(value=numpy_helper.from_array(np.asarray(value, dtype)))
+
+    def quantize(
+        x: Any,
+        step: Any,
+        zero_point: int,
+        low: Sequence[int],
+        high: Sequence[int],
+        axis: int,
+        dtype: int,
+    ) -> Any:
+        kind = ir.DataType(dtype).numpy()
+        zero = constant(np.full(list(step.shape), zero_point), kind)
+        limits = np.add(low, zero_point), np.add(high, zero_point)
+        whole = np.iinfo(kind)
+        if (limits[0] <= whole.min).all() and (limits[1] >= whole.max).all():
+            return op.QuantizeLinear(x, step, zero, axis=axis)
+        if len(low) == 1 and np.dtype(kind).itemsize == 1:
+            codes = op.QuantizeLinear(x, step, zero, axis=axis)
+            return op.Clip(codes, constant(limits[0][0], kind), constant(limits[1][0], kind))
+        # onnxruntime clips neither codes of 16 bits nor channel by channel: clip the values
+        along = [-1 if i == axis else 1 for i in range(len(x.shape))] if len(low) > 1 else []
+        step_along = op.Reshape(step, constant(along, np.int64)) if along else step
+        for limit, nearest in ((low, op.Max), (high, op.Min)):
+            codes = constant(np.reshape(limit, along), np.float32)
+            x = nearest(x, op.Mul(codes, step_along))
+        return op.QuantizeLinear(x, step, zero, axis=axis)
+
+    def dequantize(codes: Any, step: Any, zero_point: int, axis: int) -> Any:
+        zero = np.full(list(step.shape), zero_point)
+        return op.DequantizeLinear(codes, step, constant(zero, codes.dtype.numpy()), axis=axis)
+
+    return {QUANTIZE: quantize, DEQUANTIZE: dequantize}
+
+
+def to_onnx(source: Source, opset: int = OPSET) -> Any:
+    """The model as a torch.onnx program, without the exporter's notes about where nodes came from.
+
+    Raises:
+        ExportError: If torch.onnx has no translation of an op.
+    """
+    program = exported_program(source.lowered_with_offset, source.inputs)
+    try:
+        with quiet():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                custom_translation_table=translations(),
+                opset_version=opset,
+                verbose=False,
+            )
+    except Exception as error:
+        raise ExportError(f"torch.onnx cannot translate the model: {error}") from error
+    if exported is None:
+        raise ExportError("torch.onnx gave no program")
+    model = exported.model
+    for value in (model, model.graph, *model.graph, *model.graph.inputs, *model.graph.outputs):
+        value.metadata_props.clear()
+    for node in model.graph:
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
+    model.metadata_props[_KEY] = source.manifest
+    return model
+
+
+def run_onnx(
+    path: Path, batches: Sequence[ExampleInputs], configure: Callable[[Any], None] | None = None
+) -> list[list[Tensor]]:
+    """Run a file in onnxruntime on the CPU.
+
+    Args:
+        path: The file.
+        batches: Inputs whose tensors, in order, are the inputs of the file.
+        configure: Called with the session's options.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if configure is not None:
+        configure(options)
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [put.name for put in session.get_inputs()]
+    found = []
+    for batch in batches:
+        given = [leaf for leaf in pytree.tree_leaves((batch.args, dict(batch.kwargs)))]
+        tensors = [leaf.numpy() for leaf in given if isinstance(leaf, Tensor)]
+        outputs = session.run(None, dict(zip(names, tensors, strict=True)))
+        found.append([torch.from_numpy(np.array(value)) for value in outputs])
+    return found
+
+
+@final
+@register_exporter
+class Portable(Exporter):
+    """ONNX with 8-bit containers: what runs fast today."""
+
+    name: ClassVar[str] = "onnx"
+    suffix: ClassVar[str] = ".onnx"
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
+    extra: ClassVar[str] = "onnx"
+
+    def write(self, source: Source, path: Path) -> None:
+        """Write it through torch.onnx."""
+        import onnx_ir as ir
+
+        ir.save(to_onnx(source), path)
+
+    def run(self, path: Path, batches: Sequence[ExampleInputs]) -> list[list[Tensor]]:
+        """Run it in onnxruntime."""
+        return run_onnx(path, batches)

@@ -1,0 +1,48 @@
+"""PyTorch's own `.pt2`: an exported program of ATen ops, which needs torch and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from cgmq_fx.cost_models.errors import ExportError
+from cgmq_fx.exporters.exporter import Exporter, Source, register_exporter
+from cgmq_fx.exporters.program import exported_program, in_aten, quiet
+from cgmq_fx.passes.capture import ExampleInputs
+
+_ORIGINS = ("stack_trace", "source_fn_stack", "torch_fn", "from_node")
+MANIFEST = "cgmq_fx.json"
+
+
+@final
+@register_exporter
+class Program(Exporter):
+    """An exported program, with integer weights and explicit rounding in plain ATen ops."""
+
+    name: ClassVar[str] = "pt2"
+    suffix: ClassVar[str] = ".pt2"
+
+    def write(self, source: Source, path: Path) -> None:
+        """Decompose to ATen and save."""
+        program = in_aten(exported_program(source.lowered, source.inputs))
+        program._example_inputs = None  # not needed to run it, and saved by pickle
+        for node in program.graph.nodes:  # paths of the user's files, and their lines
+            for key in _ORIGINS:
+                node.meta.pop(key, None)
+        try:
+            with quiet():
+                torch.export.save(program, path, extra_files={MANIFEST: source.manifest})
+        except Exception as error:
+            raise ExportError(f"torch.export cannot save the model: {error}") from error
+
+    def run(self, path: Path, batches: Sequence[ExampleInputs]) -> list[list[Tensor]]:
+        """Load it with torch.export."""
+        with quiet(), torch.no_grad():
+            module = torch.export.load(path).module()
+            found = [pytree.tree_leaves(module(*b.args, **b.kwargs)) for b in batches]
+        return [[leaf for leaf in leaves if isinstance(leaf, Tensor)] for leaves in found]

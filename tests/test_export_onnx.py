@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cgmq_fx.exporters import exporters
+from cgmq_fx.exporters.agreement import compare
+from cgmq_fx.exporters.onnx_file import run_onnx
+from cgmq_fx.passes.lower import lower
+from tests.deploy_nets import deployed, inputs_of
+from tests.nets import call
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+CASES = {
+    ("lenet5", "tensor"): {"QLinearConv": 2, "QGemm": 2},
+    ("lenet5", "channel"): {"QLinearConv": 2, "QGemm": 2},
+    ("mlp", "tensor"): {"QGemm": 3},
+    ("resnet20", "channel"): {"QLinearConv": 19, "QLinearAdd": 7, "QGemm": 1},
+    ("separable", "tensor"): {"QLinearConv": 3, "QGemm": 1},
+    ("transformer", "tensor"): {},
+    ("mlp", "both"): {},
+    ("mlp", "w16"): {},
+    ("mlp", "float"): {},
+}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """Exported files, each written once."""
+    folder, written = tmp_path_factory.mktemp("onnx"), {}
+
+    def write(name: str, scheme: str) -> Path:
+        path = folder / f"{name}-{scheme}.onnx"
+        if path not in written:
+            written[path] = deployed(name, scheme).export(path)
+        return path
+
+    return write
+
+
+def optimised(path: Path, folder: Path) -> Counter[str]:
+    """The ops of the graph that onnxruntime really executes."""
+    target = folder / "optimised.onnx"
+
+    def configure(options: Any) -> None:
+        options.optimized_model_filepath = str(target)
+
+    run_onnx(path, [], configure)
+    return Counter(node.op_type for node in onnx.load(target).graph.node)
+
+
+@pytest.mark.parametrize(("name", "scheme"), CASES)
+def test_onnxruntime_computes_it_on_integer_kernels(
+    name: str, scheme: str, file: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    path, result = file(name, scheme), deployed(name, scheme)
+    ops = optimised(path, tmp_path)
+    expected = CASES[name, scheme]
+    assert {op: ops[op] for op in expected} == expected
+    inputs = [inputs_of(name, batch) for batch in (1, 3, 7)]
+    agreement = compare(
+        lower(result.model, result.inputs), exporters()["onnx"].run(path, inputs), inputs
+    )
+    assert agreement.holds, agreement
+    assert agreement.argmax == 1.0
+
+
+def test_weights_are_bytes_and_biases_whole_numbers(file: Callable[[str, str], Path]) -> None:
+    model = onnx.load(file("lenet5", "tensor"))
+    kinds = {t.name: onnx.numpy_helper.to_array(t).dtype for t in model.graph.initializer}
+    assert {d for n, d in kinds.items() if n.endswith("weight_codes")} == {np.dtype(np.int8)}
+    assert {d for n, d in kinds.items() if n.endswith("bias_codes")} == {np.dtype(np.int32)}
+
+
+def test_nothing_of_the_user_s_machine_is_in_the_file(file: Callable[[str, str], Path]) -> None:
+    content = file("lenet5", "tensor").read_bytes()
+    assert b"lenet5.py" not in content
+    assert b"nn_module_stack" not in content
+    assert b"s34" in content  # the free batch size
+
+
+def test_versions_are_ones_that_runtimes_take(file: Callable[[str, str], Path]) -> None:
+    model = onnx.load(file("mlp", "tensor"))
+    onnx.checker.check_model(model, full_check=True)
+    assert model.ir_version <= 10
+    assert {o.domain: o.version for o in model.opset_import} == {"": 21}
+
+
+def test_keyword_inputs_and_nested_outputs_keep_their_order(tmp_path: Path) -> None:
+    from cgmq_fx import Scheme, prepare
+    from tests.nets import NETS
+
+    for name in ("keywords", "nested"):
+        net = NETS[name]
+        scheme = Scheme((4, 8))
+        result = prepare(net.build(), "bops <= 10%", net.inputs(2), scheme=scheme).finalize()
+        path = result.export(tmp_path / f"{name}.onnx").path
+        inputs = net.inputs(3)
+        found = exporters()["onnx"].run(path, [inputs])[0]
+        for given, wanted in zip(found, call(result.model, inputs), strict=True):
+            np.testing.assert_allclose(given, wanted, atol=1e-4)
