@@ -71,11 +71,11 @@ class Explanation:
 
     Attributes:
         ranges: One entry per constraint.
-        unknown: Nodes that are not counted because no table knows their op.
+        remarks: What is not counted, not quantized, or assumed.
     """
 
     ranges: tuple[ConstraintRange, ...]
-    unknown: tuple[str, ...]
+    remarks: tuple[str, ...]
 
     @property
     def feasible(self) -> bool:
@@ -112,10 +112,7 @@ class Explanation:
             broken = ", ".join(e.constraint.name for e in self.ranges if not e.feasible)
             verdict = f"infeasible: {broken} cannot be met with the allowed bit-widths"
         floors = [f"floor of {e.constraint.name}: {e.dominated_by}" for e in self.ranges]
-        lines = [verdict, *floors]
-        if self.unknown:
-            lines.append(f"not counted (unknown ops): {', '.join(self.unknown)}")
-        return [*lines, f"({CONVENTION})"]
+        return [verdict, *floors, *self.remarks, f"({CONVENTION})"]
 
 
 def explain(
@@ -161,7 +158,7 @@ def explain(
         )
         for i, constraint in enumerate(parsed)
     )
-    return Explanation(ranges, facts.unknown)
+    return Explanation(ranges, facts.remarks)
 
 
 def _amount(entry: ConstraintRange, value: float) -> str:

@@ -26,7 +26,9 @@ from cgmq_fx.passes.bias import BIASES
 from cgmq_fx.passes.grid import allowed_bit_width
 from cgmq_fx.passes.infra import module_path
 from cgmq_fx.passes.insert import QUANTIZERS
+from cgmq_fx.passes.opaque import OpaqueCall
 from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer, QuantizerSpec, TrainingFlag
+from cgmq_fx.passes.shapes import EXAMPLE, Like
 from cgmq_fx.untrusted import (
     NAMESPACES,
     argument_name,
@@ -67,6 +69,12 @@ def graph_to_json(module: GraphModule) -> dict[str, Any]:
     """
     codegen = module.graph._codegen
     info = codegen.pytree_info if isinstance(codegen, _PyTreeCodeGen) else None
+    for owner in module.modules():
+        if isinstance(owner, OpaqueCall):
+            raise ArtifactError(
+                f"{owner.path} ({type(owner.inner).__name__}) could not be captured and runs as it "
+                "is; a file that executes nothing cannot hold its code"
+            )
     return {
         "nodes": [_node_to_json(node) for node in module.graph.nodes],
         "modules": {
@@ -105,7 +113,7 @@ def graph_from_json(data: Mapping[str, Any], root: nn.Module) -> GraphModule:
 
 
 def _node_to_json(node: Node) -> dict[str, Any]:
-    return {
+    row = {
         "op": node.op,
         "name": node.name,
         "target": _target_to_json(node),
@@ -113,6 +121,11 @@ def _node_to_json(node: Node) -> dict[str, Any]:
         "kwargs": {k: _to_json(v, node) for k, v in node.kwargs.items()},
         "module": plain_text(module_path(node)),
     }
+    if EXAMPLE in node.meta:
+        like = node.meta[EXAMPLE]
+        kind = [list(like.shape), _to_json(like.dtype, node)] if isinstance(like, Like) else like
+        row["example"] = _to_json(kind, node)
+    return row
 
 
 def _target_to_json(node: Node) -> str:
@@ -144,9 +157,21 @@ def _nodes_from_json(rows: list[dict[str, Any]], root: nn.Module) -> Graph:
             check_arguments(target, args, kwargs)
         node = graph.create_node(op, target, args, kwargs, name)
         node.meta["nn_module_stack"] = {"": (plain_text(row["module"]), "")}
+        if "example" in row:
+            node.meta[EXAMPLE] = _example(_from_json(row["example"], {}))
         made[name] = node
     _check_nodes(graph)
     return graph
+
+
+def _example(value: Any) -> Any:
+    """What a node returned for the example inputs: a number, or a shape and a dtype."""
+    if isinstance(value, bool | int | float):
+        return value
+    shape, dtype = value
+    if not isinstance(dtype, torch.dtype) or not all(type(s) is int and s >= 0 for s in shape):
+        raise ArtifactError("the file describes an example value that is neither number nor tensor")
+    return Like(tuple(shape), dtype)
 
 
 def _target(op: str, target: Any, root: nn.Module) -> Any:

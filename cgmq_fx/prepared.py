@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -40,6 +41,7 @@ from cgmq_fx.passes.normalise import (
     FoldBatchNorm,
     Functionalise,
     MergeState,
+    RelaxViews,
     RemoveNoOps,
     SwitchModes,
 )
@@ -213,6 +215,7 @@ def float_graph(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Ca
         MergeState(),
         DecomposeComposite(),
         Functionalise(),
+        RelaxViews(),
         RemoveNoOps(),
         PropagateShapes(captured.inputs),
         FoldBatchNorm(),
@@ -220,7 +223,7 @@ def float_graph(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Ca
         SwitchModes(),
         PropagateShapes(captured.inputs),
     ]
-    return Captured(run_passes(captured.module, passes), captured.inputs, captured.dynamic)
+    return replace(captured, module=run_passes(captured.module, passes))
 
 
 def quantized_graph(captured: Captured, scheme: Scheme) -> tuple[GraphModule, GraphFacts]:

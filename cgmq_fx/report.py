@@ -49,6 +49,8 @@ def as_dict(result: Result) -> dict[str, Any]:
         "quantizers": [_quantizer(result, name) for name in report.facts.quantizers],
         "rounded_up": list(result.cost.rounded_up()),
         "unknown_ops": list(report.facts.unknown),
+        "opaque": list(report.facts.opaque),
+        "assumptions": list(report.facts.assumptions),
         "convention": report.convention,
         "epochs": [asdict(epoch) for epoch in result.history.epochs],
     }
@@ -114,8 +116,7 @@ def _footer(result: Result) -> list[str]:
     lines = [str(state) for state in result.cost.states]
     lines += [f"{name} {value:.4g}" for name, value in result.metrics.items()]
     lines += result.cost.rounded_up()
-    if result.cost.facts.unknown:
-        lines.append(f"not counted (unknown ops): {', '.join(result.cost.facts.unknown)}")
+    lines += result.cost.facts.remarks
     return [*lines, f"({result.cost.convention})"]
 
 

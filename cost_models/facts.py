@@ -152,6 +152,8 @@ class GraphFacts:
         unknown: Nodes whose op no table knows, as "name (op, place)": never counted as 0 silently.
         batch: The batch size of the example inputs that shapes were taken from.
         tensors: The tensors that a runtime keeps, with their lifetimes.
+        opaque: Modules that could not be captured and run as they are, in float, as "path (class)".
+        assumptions: What the graph takes for granted of the values of its inputs, and asserts.
         readers: For every quantizer, the indices of the nodes whose cost can depend on it.
         holders: For every quantizer, the indices of the tensors that are on its grid.
     """
@@ -161,6 +163,8 @@ class GraphFacts:
     unknown: tuple[str, ...] = ()
     batch: int = 1
     tensors: tuple[TensorFacts, ...] = ()
+    opaque: tuple[str, ...] = ()
+    assumptions: tuple[str, ...] = ()
     readers: Mapping[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
     holders: Mapping[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
 
@@ -181,6 +185,16 @@ class GraphFacts:
         """For every tensor, the step that writes it and the one after the last that reads it."""
         first = np.array([t.first for t in self.tensors], dtype=np.int64)
         return first, np.array([t.last + 1 for t in self.tensors], dtype=np.int64)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a reader of any cost must know: what is not counted, not quantized, or assumed."""
+        rows = (
+            ("not counted (unknown ops)", self.unknown),
+            ("not quantized (could not be captured, run as they are in float)", self.opaque),
+            ("assumed of the values of inputs, and checked whenever it runs", self.assumptions),
+        )
+        return tuple(f"{text}: {', '.join(found)}" for text, found in rows if found)
 
     @cached_property
     def macs(self) -> int:

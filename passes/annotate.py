@@ -14,6 +14,7 @@ from cgmq_fx.passes.infra import Pass, PassResult, module_path, place
 from cgmq_fx.passes.insert import QUANTIZERS, operands
 from cgmq_fx.passes.liveness import liveness
 from cgmq_fx.passes.meeting import meeting
+from cgmq_fx.passes.opaque import OpaqueCall, opaque_call
 from cgmq_fx.passes.optable import ComputeOp, compute_op, is_known
 from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer
 from cgmq_fx.passes.state import (
@@ -24,6 +25,7 @@ from cgmq_fx.passes.state import (
     shape_of,
     tensor_at,
 )
+from cgmq_fx.passes.tracing import assumptions
 
 FACTS = "cgmq_facts"
 """The one `node.meta` key of this library; its value is a `NodeFacts`."""
@@ -72,6 +74,13 @@ def _stored(module: GraphModule) -> dict[Node, list[Stored]]:
         reader, quantizer, bits = _first_use(module, node, tensor.element_size() * 8)
         row = Stored(str(node.target), tensor.numel(), quantizer, bits)
         result.setdefault(reader, []).append(row)
+    for node in module.graph.nodes:
+        call = opaque_call(module, node)
+        for name, tensor in call.state() if call is not None else ():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                bits = tensor.element_size() * 8
+                result.setdefault(node, []).append(Stored(name, tensor.numel(), None, bits))
     return result
 
 
@@ -115,6 +124,20 @@ def _facts(
     )
 
 
+def _opaque_facts(node: Node, call: OpaqueCall, stored: list[Stored], batch: int) -> NodeFacts:
+    """A module that runs as it is: float operands, and the MACs that torch's counter found."""
+    macs = call.macs // batch
+    factors = (Operand(Role.WEIGHT, 0, None), Operand(Role.ACTIVATION, 0, None))
+    return NodeFacts(
+        name=node.name,
+        op="opaque",
+        macs=macs,
+        operands=factors if macs else (),
+        stored=tuple(stored),
+        module=call.path,
+    )
+
+
 def _quantizer_facts(module: GraphModule, live: set[Node], batch: int) -> Iterator[QuantizerFacts]:
     for node in module.graph.nodes:
         owner = module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -135,21 +158,35 @@ def annotate(module: GraphModule, batch: int) -> GraphFacts:
         batch: The batch size that the shapes were taken with.
 
     Returns:
-        The facts, in execution order. Ops that no table knows are listed in `unknown`.
+        The facts, in execution order. Ops that no table knows are listed in `unknown`, modules that
+        run as they are in `opaque`; the MACs of those are what torch's counter finds, in float.
     """
     live = reachable_from_inputs(module.graph)
     stored = _stored(module)
-    nodes, unknown = [], []
+    nodes, unknown, opaque = [], [], []
     for node in module.graph.nodes:
         node.meta.pop(FACTS, None)
-        if compute_op(node) is not None or node in stored:
+        kept = opaque_call(module, node)
+        if kept is not None:
+            node.meta[FACTS] = _opaque_facts(node, kept, stored.get(node, []), batch)
+            opaque.append(f"{kept.path} ({type(kept.inner).__name__})")
+        elif compute_op(node) is not None or node in stored:
             node.meta[FACTS] = _facts(module, node, stored.get(node, []), live, batch)
+        if FACTS in node.meta:
             nodes.append(node.meta[FACTS])
         if not is_known(node):
             unknown.append(f"{node.name} ({node.target}{', ' if place(node) else ''}{place(node)})")
     quantizers = {q.name: q for q in _quantizer_facts(module, live, batch)}
     tensors = liveness(module, live, batch)
-    return GraphFacts(tuple(nodes), quantizers, tuple(unknown), batch, tensors)
+    return GraphFacts(
+        tuple(nodes),
+        quantizers,
+        tuple(unknown),
+        batch,
+        tensors,
+        tuple(dict.fromkeys(opaque)),
+        assumptions(module),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,71 +1,36 @@
 """Capture: from the user's model to one graph form, a torch.fx GraphModule of ATen ops.
 
-`torch.export` (non-strict) takes far more models than symbolic tracing. The graph is captured in
-evaluation mode; the flags of dropout and batch norm are switched by `SwitchModes` afterwards.
+Four ways are tried in turn: `torch.export` (non-strict) with any batch size; with the batch size
+of the example; with the smallest modules that stand in the way kept as they are; and with the
+control flow that the example takes, asserted. The graph is captured in evaluation mode; the flags
+of dropout and batch norm are switched by `SwitchModes` afterwards.
 """
 
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, is_dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import CaptureError
+from cgmq_fx.passes.copying import copy_graph, copy_model
+from cgmq_fx.passes.infra import run_passes
+from cgmq_fx.passes.inputs import ExampleInputs
+from cgmq_fx.passes.opaque import RestoreOpaque, culprit, stand_ins
+from cgmq_fx.passes.tracing import any_batch, plain, quiet, trace, trace_with_assumptions
 
+__all__ = ["Captured", "ExampleInputs", "capture", "device_of"]
 
-@dataclass(frozen=True)
-class ExampleInputs:
-    """Arguments that the model can be called with.
-
-    Attributes:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors in the arguments, in order."""
-        leaves = pytree.tree_leaves((self.args, dict(self.kwargs)))
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-    @property
-    def batch(self) -> int | None:
-        """The batch size: what dimension 0 of all tensors has in common, or None."""
-        sizes = {t.shape[0] for t in self.tensors if t.dim() > 0}
-        return sizes.pop() if len(sizes) == 1 else None
-
-    def to(self, device: torch.device) -> ExampleInputs:
-        """The same with all tensors on `device`, detached."""
-        return self.map(lambda t: t.detach().to(device))
-
-    def at_least_two(self) -> ExampleInputs:
-        """The same with a batch of 1 repeated to 2: export takes a size of 1 for a constant."""
-        if self.batch != 1:
-            return self
-        return self.map(lambda t: torch.cat([t, t]) if t.dim() else t)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> ExampleInputs:
-        """The same with `function` applied to every tensor."""
-
-        def apply(leaf: Any) -> Any:
-            return function(leaf) if isinstance(leaf, Tensor) else leaf
-
-        return ExampleInputs(
-            pytree.tree_map(apply, self.args), pytree.tree_map(apply, dict(self.kwargs))
-        )
+_MOST_OPAQUE = 64
 
 
 @dataclass(frozen=True)
@@ -76,11 +41,13 @@ class Captured:
         module: The graph; its state is a copy, the user's model keeps its own.
         inputs: The example inputs, on the model's device.
         dynamic: Whether it was captured for any batch size.
+        steps: What was tried before, and why it failed, one line per attempt.
     """
 
     module: GraphModule
     inputs: ExampleInputs
     dynamic: bool
+    steps: tuple[str, ...] = ()
 
 
 def capture(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Captured:
@@ -94,23 +61,81 @@ def capture(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Captur
         The graph and the inputs as they were used.
 
     Raises:
-        CaptureError: If the model cannot be called with the inputs, or torch.export cannot trace
-            it.
+        CaptureError: If the model cannot be called with the inputs, or nothing of it can be
+            captured.
     """
     if isinstance(model, ExportedProgram):
-        with _quiet():
-            module = _plain(copy.deepcopy(_module_of(model)))
-        return Captured(module, inputs.to(device_of(module)), _any_batch(module))
+        with quiet():
+            module = plain(copy.deepcopy(model))
+        own_inputs = inputs.to(device_of(module))
+        return Captured(module, own_inputs, any_batch(module, own_inputs))
     own = _copy(model).eval()
     inputs = inputs.to(device_of(own)).map(torch.clone).at_least_two()
-    _call(own, inputs)
-    if inputs.batch is not None:
-        try:
-            module = _plain(_export(own, inputs, dynamic=True))
-            return Captured(module, inputs, _any_batch(module))
-        except Exception:  # noqa: BLE001 - any failure of a dynamic export means: try a fixed batch
-            return Captured(_plain(_explained(own, inputs)), inputs, dynamic=False)
-    return Captured(_plain(_explained(own, inputs)), inputs, dynamic=False)
+    _plain_output(own, _call(own, inputs))
+    return _Attempts(own, inputs).run()
+
+
+class _Attempts:
+    """The ways to capture a model, tried in turn."""
+
+    def __init__(self, model: nn.Module, inputs: ExampleInputs) -> None:
+        self._model = model
+        self._inputs = inputs
+        self._steps: list[str] = []
+        self._sizes = (True, False) if inputs.batch is not None else (False,)
+
+    def run(self) -> Captured:
+        """Try all, and explain the first failure if none works."""
+        opaque: list[str] = []
+        first: Exception | None = None
+        while len(opaque) <= _MOST_OPAQUE:
+            found = self._whole(opaque)
+            if isinstance(found, Captured):
+                return found
+            first = first or found
+            path = culprit(found, self._model)
+            if path is None or path in opaque:
+                break
+            opaque = [p for p in opaque if not p.startswith(f"{path}.")] + [path]
+        assumed = self._assumed()
+        if assumed is not None:
+            return assumed
+        raise CaptureError(_explanation(self._model, first)) from first
+
+    def _whole(self, opaque: Sequence[str]) -> Captured | Exception:
+        """Export with the modules at `opaque` as they are; the error if that fails."""
+        error: Exception | None = None
+        for dynamic in self._sizes:
+            try:
+                with stand_ins(self._model, opaque, self._inputs) as calls:
+                    module = trace(self._model, self._inputs, dynamic)
+                module = run_passes(module, [RestoreOpaque(tuple(calls))])
+                free = dynamic and any_batch(module, self._inputs)
+                return Captured(module, self._inputs, free, tuple(self._steps))
+            except Exception as failure:  # noqa: BLE001 - any failure means: try the next way
+                size = "any batch size" if dynamic else "the batch size of the example"
+                kept = f", {', '.join(opaque)} kept as they are" if opaque else ""
+                self._steps.append(f"torch.export for {size}{kept}: {_reason(failure)}")
+                error = failure
+        return error or CaptureError("nothing was tried")
+
+    def _assumed(self) -> Captured | None:
+        for dynamic in self._sizes:
+            try:
+                module = trace_with_assumptions(self._model, self._inputs, dynamic)
+                self._run(module)
+            except Exception as failure:  # noqa: BLE001 - the last way of all
+                self._steps.append(f"torch.export with the example's values: {_reason(failure)}")
+                continue
+            free = dynamic and any_batch(module, self._inputs)
+            return Captured(module, self._inputs, free, tuple(self._steps))
+        return None
+
+    def _run(self, module: GraphModule) -> None:
+        """Run a copy of a graph on the example inputs: what it assumes has to hold for them."""
+        inputs = self._inputs.map(torch.clone)
+        with torch.no_grad():
+            copy_graph(module)(*inputs.args, **inputs.kwargs)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -122,114 +147,116 @@ def device_of(model: nn.Module) -> torch.device:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        with _quiet():
-            return copy.deepcopy(model)
+        with quiet():
+            return copy_model(model)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({error}); cgmq_fx works on a copy so that "
-            "your model stays as it is. Often a non-leaf tensor is kept as an attribute: delete it "
-            "or detach it first"
+            "your model stays as it is. Delete what cannot be copied from its attributes first (an "
+            "open file, a lock, a hook that holds one)"
         ) from error
 
 
-def _call(model: nn.Module, inputs: ExampleInputs) -> None:
+def _call(model: nn.Module, inputs: ExampleInputs) -> Any:
     try:
         with torch.no_grad():
-            copy.deepcopy(model)(*inputs.args, **inputs.kwargs)
+            return copy.deepcopy(model)(*inputs.args, **inputs.kwargs)
     except Exception as error:
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in inputs.tensors)
         raise CaptureError(
-            f"{type(model).__name__} fails on the example inputs ({shapes}): "
-            f"{type(error).__name__}: {_first_line(error)}. Pass example_inputs= that it accepts"
+            f"{type(model).__name__} fails on the example inputs ({shapes}): {_reason(error)}. "
+            "Pass example_inputs= that it accepts"
         ) from error
 
 
-def _explained(model: nn.Module, inputs: ExampleInputs) -> GraphModule:
-    try:
-        return _export(model, inputs, dynamic=False)
-    except Exception as error:
-        raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__}: {type(error).__name__}: "
-            f"{_first_line(error)}{_user_line(error)}. Usual causes are control flow that depends "
-            "on values of tensors, and calls that leave PyTorch"
-        ) from error
+def _plain_output(model: nn.Module, output: Any) -> None:
+    """Let a model that returns objects which torch.export does not know return their tensors.
+
+    A dataclass is registered with torch.export; any other object becomes a dict of its attributes.
+    """
+    while True:
+        unknown = [leaf for leaf in pytree.tree_leaves(output) if not _is_plain(leaf)]
+        known = {type(leaf) for leaf in unknown if is_dataclass(leaf)}
+        for kind in known:
+            torch.export.register_dataclass(kind)
+        if not known:
+            break
+    if not unknown:
+        return
+    forward = model.forward
+
+    @wraps(forward)
+    def plainly(*args: Any, **kwargs: Any) -> Any:
+        return _plain_value(forward(*args, **kwargs))
+
+    model.forward = plainly
 
 
-def _export(model: nn.Module, inputs: ExampleInputs, dynamic: bool) -> GraphModule:
-    def shapes(leaf: Any) -> Any:
-        return {0: Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None
-
-    specs: Any = None
-    if dynamic:
-        names = dict(zip(_parameter_names(model), inputs.args, strict=False)) | dict(inputs.kwargs)
-        whole = len(names) == len(inputs.args) + len(inputs.kwargs)
-        specs = pytree.tree_map(shapes, names if whole else inputs.args)
-    with _quiet(), torch.enable_grad(), _no_fast_path():
-        program = torch.export.export(
-            model, inputs.args, dict(inputs.kwargs), dynamic_shapes=specs, strict=False
-        )
-        return _module_of(program)
+def _is_plain(leaf: Any) -> bool:
+    return leaf is None or isinstance(
+        leaf, Tensor | int | float | complex | str | bool | torch.SymInt | torch.SymFloat
+    )
 
 
-def _parameter_names(model: nn.Module) -> list[str]:
-    import inspect
-
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(model.forward).parameters.values()
-    return [p.name for p in parameters if p.kind in kinds]
+def _plain_value(value: Any) -> Any:
+    """A nested value whose objects are dicts of those attributes that hold tensors."""
+    return pytree.tree_map(lambda leaf: leaf if _is_plain(leaf) else _attributes(leaf), value)
 
 
-def _module_of(program: ExportedProgram) -> GraphModule:
-    module = program.module(check_guards=False)
-    if not isinstance(module, GraphModule):
-        raise CaptureError(f"torch.export gave a {type(module).__name__}, not a GraphModule")
-    return module
+def _attributes(value: Any) -> dict[str, Any] | None:
+    found = {name: _plain_value(own) for name, own in getattr(value, "__dict__", {}).items()}
+    held = {n: v for n, v in found.items() if any(isinstance(x, Tensor) for x in _leaves(v))}
+    return held or None
 
 
-def _any_batch(module: GraphModule) -> bool:
-    """Whether the batch size stayed free: export may find that the model insists on one."""
-    values = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
-    sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()]
-    return bool(sizes) and all(free_symbols(size) for size in sizes)
+def _leaves(value: Any) -> list[Any]:
+    leaves: list[Any] = pytree.tree_leaves(value)
+    return leaves
 
 
-def _plain(exported: GraphModule) -> GraphModule:
-    """A GraphModule of our own: the exported one refuses train() and eval()."""
-    codegen = exported.graph._codegen
-    module = GraphModule(exported, exported.graph, class_name="QuantizedGraph")
-    module.graph.set_codegen(codegen)
-    module.recompile()
-    return module
+def _explanation(model: nn.Module, error: Exception | None) -> str:
+    if error is None:
+        return f"{type(model).__name__} cannot be captured"
+    return (
+        f"torch.export cannot capture {type(model).__name__}: {_reason(error)}{_user_line(error)}. "
+        f"{_remedy(error)}"
+    )
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.export warns about its own internals; those warnings are not the user's."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _remedy(error: Exception) -> str:
+    """What to do, in plain words, by what torch.export raised."""
+    text = f"{type(error).__name__} {error}"
+    for mark, advice in _REMEDIES.items():
+        if mark in text:
+            return advice
+    return (
+        "Usual causes are control flow that depends on values of tensors, and calls that leave "
+        "PyTorch; move them into a module of their own, which is then kept as it is"
+    )
 
 
-@contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """Keep transformer layers from becoming one opaque inference op."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+_REMEDIES = {
+    "DataDependent": (
+        "The code there branches on, or makes a size from, values of tensors, which no graph can "
+        "know. Write it with torch.where or masks, or move it into a submodule of its own, which "
+        "is then kept as it is, in float"
+    ),
+    "numpy": (
+        "The code there leaves PyTorch for NumPy. Write it with torch functions, or move it into a "
+        "submodule of its own, which is then kept as it is, in float"
+    ),
+}
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0][:300].rstrip(".") if lines else "no message"
+    first = lines[0][:300].rstrip(".") if lines else "no message"
+    return f"{type(error).__name__}: {first}"
 
 
 def _user_line(error: BaseException) -> str:
     """The innermost line of the traceback that is not inside torch or this library."""
-    import traceback
-
+    here = __file__.rpartition("/")[0]
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and __file__ != f.filename]
+    own = [f for f in frames if "/torch/" not in f.filename and not f.filename.startswith(here)]
     return f" (at {own[-1].filename}, line {own[-1].lineno})" if own else ""

@@ -98,7 +98,7 @@ def _links(module: GraphModule, live: set[Node]) -> Iterator[_Place]:
     for node in reversed(module.graph.nodes):
         readers = [u for u in node.users if is_float(u) or u.op == "call_module"]
         integer[node] = bool(readers) and all(
-            u.op == "call_module" or (u.target in INTEGER and integer[u]) for u in readers
+            _calls_quantizer(module, u) or (u.target in INTEGER and integer[u]) for u in readers
         )
     for node in module.graph.nodes:
         if (
@@ -249,7 +249,10 @@ class InsertQuantizers(Pass):
 
 def _is_quantized(module: GraphModule, node: Node) -> bool:
     """Whether a quantizer reads `node` already."""
-    return any(
-        u.op == "call_module" and isinstance(module.get_submodule(str(u.target)), Quantizer)
-        for u in node.users
+    return any(_calls_quantizer(module, user) for user in node.users)
+
+
+def _calls_quantizer(module: GraphModule, node: Node) -> bool:
+    return node.op == "call_module" and isinstance(
+        module.get_submodule(str(node.target)), Quantizer
     )

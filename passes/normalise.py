@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from cgmq_fx.passes.aliases import aliases, memory_path
+from cgmq_fx.passes.aliases import aliases, memory_path, writes
 from cgmq_fx.passes.infra import Pass, PassResult
 from cgmq_fx.passes.optable import Layout, argument, compute_op, set_argument
 from cgmq_fx.passes.quantizer import TrainingFlag
@@ -30,10 +30,9 @@ _FLAGS = {
 }
 _IDENTITIES = (
     _ATEN.alias.default,
-    _ATEN.detach.default,
-    _ATEN.detach_.default,
     _ATEN.lift_fresh_copy.default,
 )
+_DETACHES = (_ATEN.detach.default, _ATEN.detach_.default)
 
 
 def _functional_twin(node: Node) -> Any:
@@ -45,7 +44,15 @@ def _functional_twin(node: Node) -> Any:
     if not name.endswith("_") or name.endswith("__") or name in ("copy_", "fill_", "zero_"):
         return None
     packet = getattr(torch.ops.aten, name[:-1], None)
-    return getattr(packet, target._overloadname, None)
+    for overload in () if packet is None else packet.overloads():
+        twin = getattr(packet, overload)
+        if _arguments(twin) == _arguments(target) and not twin._schema.is_mutable:
+            return twin
+    return None
+
+
+def _arguments(overload: torch._ops.OpOverload) -> list[tuple[str, str]]:
+    return [(a.name, str(a.type)) for a in overload._schema.arguments]
 
 
 def _can_be_functional(node: Node) -> bool:
@@ -85,6 +92,25 @@ class Functionalise(Pass):
 
 
 @dataclass(frozen=True)
+class RelaxViews(Pass):
+    """Let views copy where they must.
+
+    Before: a graph whose in-place ops are gone where they could be. After: `view` is `reshape`
+    wherever nothing writes into its memory, so that a pass may change the memory layout of what is
+    viewed (fused attention returns its heads transposed, its products do not).
+    """
+
+    def run(self, module: GraphModule) -> PassResult:
+        """Replace the views."""
+        modified = False
+        for node in module.graph.nodes:
+            if node.target is _ATEN.view.default and not any(map(writes, aliases(node))):
+                node.target = _ATEN.reshape.default
+                modified = True
+        return PassResult(module, modified)
+
+
+@dataclass(frozen=True)
 class MergeState(Pass):
     """Read every parameter and buffer of the model through one node.
 
@@ -119,7 +145,7 @@ class RemoveNoOps(Pass):
         """Bypass identities, then drop unread nodes and the state that nobody reads."""
         modified = False
         for node in list(module.graph.nodes):
-            if _does_nothing(node):
+            if _does_nothing(node) or _detaches_constant(module, node):
                 node.replace_all_uses_with(node.args[0])
                 module.graph.erase_node(node)
                 modified = True
@@ -138,6 +164,16 @@ def _does_nothing(node: Node) -> bool:
     if node.target in _IDENTITIES or _is_whole_slice(node):
         return True
     return getattr(node.target, "_opname", "") in _FLAGS and argument(node, "p", None) == 0.0
+
+
+def _detaches_constant(module: GraphModule, node: Node) -> bool:
+    """Whether a node detaches what has no gradient; other detaching is the model's intention."""
+    if node.target not in _DETACHES or not isinstance(node.args[0], Node):
+        return False
+    if node.args[0].op != "get_attr":
+        return False
+    tensor = tensor_at(module, node.args[0].target)
+    return tensor is not None and not tensor.requires_grad
 
 
 def _is_whole_slice(node: Node) -> bool:

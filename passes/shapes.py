@@ -1,4 +1,9 @@
-"""Shape propagation: every node's `meta["val"]` becomes a fake tensor of the example batch."""
+"""Shape propagation: every node's `meta["val"]` becomes a fake tensor of the example batch.
+
+Where a size or a number depends on values (how many elements a mask selects, the largest of some
+lengths), fake tensors cannot tell. The graph is then run once on the example inputs, and what those
+nodes returned is kept in `meta["cgmq_example"]`, where later propagations find it.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +11,34 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Node
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import Argument, Target
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.utils import _pytree as pytree
 
-from cgmq_fx.passes.capture import ExampleInputs
+from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.guard import WorkGuard, check_arithmetic, check_value
 from cgmq_fx.passes.infra import Pass, PassResult
+from cgmq_fx.passes.inputs import ExampleInputs
+
+EXAMPLE = "cgmq_example"
+"""The `node.meta` key of what an op returned for the example inputs: a number or a `Like`."""
+
+_UNKNOWABLE = (DataDependentOutputException, DynamicOutputShapeException)
+_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+@dataclass(frozen=True, slots=True)
+class Like:
+    """The shape and dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -31,13 +55,22 @@ class PropagateShapes(Pass):
 
     def run(self, module: GraphModule) -> PassResult:
         """Interpret the graph on fake tensors."""
-        leaves = pytree.tree_leaves((self.inputs.args, dict(self.inputs.kwargs)))
+        try:
+            self._propagate(module)
+        except _UNKNOWABLE:
+            if not self.trusted:  # nothing of a file that is not trusted is executed
+                raise
+            _record_examples(module, self.inputs)
+            self._propagate(module)
+        return PassResult(module, modified=False)
+
+    def _propagate(self, module: GraphModule) -> None:
         mode = FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=self.trusted)
-        fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in leaves]
+        leaves = self.inputs.leaves
+        fake = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in leaves]
         kind = _Propagator if self.trusted else _GuardedPropagator
         with torch.no_grad():
             kind(module, mode).run(*fake, enable_io_processing=False)
-        return PassResult(module, modified=False)
 
 
 class _Propagator(FakeTensorProp):
@@ -49,7 +82,18 @@ class _Propagator(FakeTensorProp):
 
     def get_attr(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
         value = super().get_attr(target, args, kwargs)
-        return self._mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+        return self._mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+    def run_node(self, n: Node) -> Any:
+        try:
+            return super().run_node(n)
+        except _UNKNOWABLE:
+            if EXAMPLE not in n.meta:
+                raise
+            like = n.meta[EXAMPLE]
+            value = torch.empty(like.shape, dtype=like.dtype) if isinstance(like, Like) else like
+            n.meta["val"] = value
+            return value
 
 
 class _GuardedPropagator(_Propagator):
@@ -76,3 +120,26 @@ class _GuardedPropagator(_Propagator):
         else:
             check_arithmetic(target, (*args, *kwargs.values()))
         return super().call_function(target, args, kwargs)
+
+
+def _record_examples(module: GraphModule, inputs: ExampleInputs) -> None:
+    """Run the graph once, on copies of its state, and keep what depends on values."""
+    names = {node.name: node for node in module.graph.nodes}
+    with torch.no_grad():
+        _Recorder(copy_graph(module), names).run(
+            *inputs.map(torch.clone).leaves, enable_io_processing=False
+        )
+
+
+class _Recorder(Interpreter):
+    def __init__(self, module: GraphModule, originals: dict[str, Node]) -> None:
+        super().__init__(module)
+        self._originals = originals
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if _TAGS & set(getattr(n.target, "tags", ())):
+            like = Like(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+            if isinstance(like, Like | bool | int | float):
+                self._originals[n.name].meta[EXAMPLE] = like
+        return value

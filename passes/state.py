@@ -110,5 +110,6 @@ def quantizer_name(node: Node) -> str:
 
 
 def groups_of(node: Node) -> int:
-    """The groups of a convolution, 1 for everything else."""
-    return int(argument(node, "groups", 1))
+    """The groups of a convolution (for the example batch, if they vary), else 1."""
+    groups = argument(node, "groups", 1)
+    return int(value_of(groups) if isinstance(groups, Node) else groups)

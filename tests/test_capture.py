@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -31,12 +32,22 @@ class InPlaceFirst(nn.Module):
         return x.relu_()
 
 
-class DataDependent(nn.Module):
+class LeavesTorch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x + 1 if x.sum() > 0 else x - 1
+        return x + float(x.detach().numpy().max())
 
 
 class Uncopyable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = iter([1.0])
+        self.lock = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+class KeepsResult(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.kept = torch.ones(1, requires_grad=True) * 2
@@ -161,15 +172,15 @@ def test_the_fast_path_of_transformers_is_left_as_it_was() -> None:
             r"RuntimeError: .*Pass example_inputs= that it accepts",
         ),
         (
-            DataDependent,
+            LeavesTorch,
             (2, 5),
-            r"torch.export cannot capture DataDependent: .*test_capture.py, line \d+\). "
-            r"Usual causes are control flow that depends on values of tensors",
+            r"torch.export cannot capture LeavesTorch: .*test_capture.py, line \d+\). "
+            r".* is then kept as it is, in float",
         ),
         (
             Uncopyable,
             (2, 5),
-            r"Uncopyable cannot be copied .*a non-leaf tensor is kept as an attribute: delete it",
+            r"Uncopyable cannot be copied .*Delete what cannot be copied from its attributes",
         ),
     ],
 )
@@ -178,3 +189,8 @@ def test_what_cannot_be_captured_is_said(
 ) -> None:
     with pytest.raises(CaptureError, match=message):
         float_graph(make(), ExampleInputs((torch.randn(shape),)))
+
+
+def test_results_that_a_module_keeps_are_copied() -> None:
+    x = torch.randn(2, 5)
+    torch.testing.assert_close(float_graph(KeepsResult(), ExampleInputs((x,))).module(x), 2 * x)

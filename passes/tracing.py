@@ -1,0 +1,147 @@
+"""One way to trace a model: torch.export, non-strict, into a plain GraphModule of ATen ops."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._functorch import config as functorch_config
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.utils import _pytree as pytree
+
+from cgmq_fx.cost_models.errors import CaptureError
+from cgmq_fx.passes.inputs import ExampleInputs
+
+
+def trace(model: nn.Module, inputs: ExampleInputs, dynamic: bool) -> GraphModule:
+    """Export a model.
+
+    Args:
+        model: The model, in the mode to be traced.
+        inputs: Arguments to trace it with.
+        dynamic: Whether dimension 0 of every tensor may vary, where the model lets it.
+
+    Returns:
+        The graph. Whatever torch.export raises goes through.
+    """
+    specs = _free_batch(model, inputs) if dynamic else None
+    with quiet(), torch.enable_grad(), _no_fast_path():
+        program = torch.export.export(
+            model, inputs.args, dict(inputs.kwargs), dynamic_shapes=specs, strict=False
+        )
+        return plain(program)
+
+
+def trace_with_assumptions(model: nn.Module, inputs: ExampleInputs, dynamic: bool) -> GraphModule:
+    """Export a model whose control flow depends on values, taking the example's branches.
+
+    The graph asserts what it took for granted, so other values raise instead of computing something
+    else. This is what `torch.export.draft_export` does, without its log files.
+
+    Returns:
+        The graph; `assumptions` lists what it asserts.
+    """
+    specs = _free_batch(model, inputs) if dynamic else None
+    real_values = functorch_config.patch(fake_tensor_propagate_real_tensors=True)
+    with quiet(), torch.enable_grad(), _no_fast_path(), real_values:
+        program = torch.export.export(
+            model,
+            inputs.args,
+            dict(inputs.kwargs),
+            dynamic_shapes=specs,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+        return plain(program)
+
+
+def assumptions(module: GraphModule) -> tuple[str, ...]:
+    """What a graph takes for granted of the values of its inputs, and asserts."""
+    asserted = [n for n in module.graph.nodes if n.target is torch.ops.aten._assert_scalar.default]
+    texts = (str(n.args[1]).partition("expression ")[2].partition(" on node")[0] for n in asserted)
+    return tuple(dict.fromkeys(text for text in texts if text))
+
+
+def plain(program: ExportedProgram) -> GraphModule:
+    """A GraphModule of our own: the exported one refuses train() and eval()."""
+    exported = program.module(check_guards=False)
+    if not isinstance(exported, GraphModule):
+        raise CaptureError(f"torch.export gave a {type(exported).__name__}, not a GraphModule")
+    codegen = exported.graph._codegen
+    module = GraphModule(exported, exported.graph, class_name="QuantizedGraph")
+    module.graph.set_codegen(codegen)
+    module.recompile()
+    return module
+
+
+def any_batch(module: GraphModule, inputs: ExampleInputs) -> bool:
+    """Whether the batch size stayed free: export may find that the model insists on one."""
+    values = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
+    batch = inputs.batch
+    sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()]
+    given = [t.shape[0] for t in inputs.tensors if t.dim()]
+    if len(given) != len(sizes):
+        return bool(sizes) and all(free_symbols(size) for size in sizes)
+    own = [size for size, known in zip(sizes, given, strict=True) if known == batch]
+    return bool(own) and all(free_symbols(size) for size in own)
+
+
+def _free_batch(model: nn.Module, inputs: ExampleInputs) -> Any:
+    """The dynamic shapes that leave dimension 0 of every tensor to torch.export."""
+
+    def shapes(leaf: Any) -> Any:
+        return {0: Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None
+
+    names = dict(zip(_parameter_names(model), inputs.args, strict=False)) | dict(inputs.kwargs)
+    whole = len(names) == len(inputs.args) + len(inputs.kwargs)
+    return pytree.tree_map(shapes, names if whole else inputs.args)
+
+
+def _parameter_names(model: nn.Module) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p.name for p in parameters if p.kind in kinds]
+
+
+_CHATTY = (
+    "torch.export",
+    "torch.export._draft_export",
+    "torch.export._trace",
+    "torch.fx.experimental.symbolic_shapes",
+)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch.export warns and logs about its own internals; those are not for the user."""
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):  # it prints failed graphs
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Keep transformer layers from becoming one opaque inference op."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
