@@ -5,6 +5,7 @@ No module may be called like a public name: `cgmq_fx.explain` has to be the func
 
 from cgmq_fx.artifact import load
 from cgmq_fx.callbacks import Callback
+from cgmq_fx.checkpoint import Checkpoint
 from cgmq_fx.cost_models import (
     ActivationMemory,
     Arena,
@@ -32,6 +33,7 @@ from cgmq_fx.cost_models.errors import (
     BudgetError,
     CaptureError,
     CgmqError,
+    CheckpointError,
     CostModelError,
     DataError,
     ExportError,
@@ -69,6 +71,8 @@ __all__ = [
     "Callback",
     "CaptureError",
     "CgmqError",
+    "Checkpoint",
+    "CheckpointError",
     "Constraint",
     "ConstraintState",
     "CostModel",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import ceil
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,6 +138,47 @@ class Controller:
         self.gates = levels + 0.5
         self._settle(levels)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes while gates move: tensors, numbers and None, by name."""
+        marginals = None if self._marginals is None else [m.clone() for m in self._marginals]
+        return {
+            "gates": self.gates.clone(),
+            "levels": self._levels.clone(),
+            "sensitivity": self._sensitivity.clone(),
+            "best": None if self._best is None else torch.from_numpy(self._best.copy()),
+            "marginals": marginals,
+            "marginals_key": self._marginals_key,
+            "moved": self._moved,
+            "taken": self.taken,
+            "frozen": self.frozen,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` of a controller of the same graph and budget gave.
+
+        Quantizers get their bits; ranges move along their tables, trained offsets are the graph's.
+
+        Raises:
+            ValueError: If the state is that of another graph.
+        """
+        levels, gates, sensitivity = state["levels"], state["gates"], state["sensitivity"]
+        best = state["best"]
+        flat = [levels, gates, sensitivity, *([] if best is None else [best])]
+        if any(t.shape != self.gates.shape for t in [*flat, *(state["marginals"] or [])]):
+            raise ValueError("the gates in the state are not those of this graph")
+        if bool(((levels < 0) | (levels >= self.layout.count)).any()):
+            raise ValueError("the state has levels that no gate can take")
+        self._settle(levels)
+        self.gates, self._sensitivity = gates.clone(), sensitivity.clone()
+        self._best = None if best is None else best.numpy().copy()
+        pair = state["marginals"]
+        self._marginals = None if pair is None else (pair[0].clone(), pair[1].clone())
+        moved, violated = state["marginals_key"]
+        self._marginals_key = (int(moved), tuple(violated))
+        self._moved, self.taken = int(state["moved"]), int(state["taken"])
+        if state["frozen"] is True:
+            self._end()
+
     def step(self) -> None:
         """Move the gates by what the last backward pass reported; after the search, freeze."""
         if self.frozen:
@@ -162,6 +204,9 @@ class Controller:
             projected, key=lambda p: self.layout.loss(torch.from_numpy(p), self._sensitivity)
         )
         self._settle(torch.from_numpy(best))
+        self._end()
+
+    def _end(self) -> None:
         for quantizer in self._quantizers:
             quantizer.observe(self.direction.statistic.NONE)
         self.frozen = True

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils import _pytree as pytree
 
 from cgmq_fx.callbacks import Callback
+from cgmq_fx.checkpoint import Checkpoint, CheckpointStore
 from cgmq_fx.cost_models import BudgetLike, parse_budget
-from cgmq_fx.cost_models.errors import DataError, OptionError, TrainingError
+from cgmq_fx.cost_models.errors import CheckpointError, DataError, OptionError, TrainingError
+from cgmq_fx.cost_models.target import target_to_json
 from cgmq_fx.data import (
     Batch,
     Signature,
@@ -30,9 +31,12 @@ from cgmq_fx.data import (
 )
 from cgmq_fx.directions import Direction, direction_of
 from cgmq_fx.history import EpochRecord, GateRecord, History, StepRecord
+from cgmq_fx.identity import model_identity, name_of, optimizer_identity
+from cgmq_fx.judging import Means, judged, shapes_of
 from cgmq_fx.passes.capture import ExampleInputs, device_of
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.scheme import Scheme
+from cgmq_fx.position import Position
 from cgmq_fx.prepared import Prepared, float_graph
 from cgmq_fx.presets import TargetLike, deployment
 from cgmq_fx.progress import Progress
@@ -72,6 +76,7 @@ def quantize(
     progress: bool = True,
     seed: int = 0,
     start: Result | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
 ) -> Result:
     """Quantize a model so that it costs at most what the budget says.
 
@@ -96,6 +101,10 @@ def quantize(
         seed: Seed of all that is random: inputs where there is no data, dropout, shuffling. The
             global random state is left as it was.
         start: A result of the same model under another budget: weights and bit-widths start there.
+        checkpoint: A folder to keep the run in, every five minutes, or a `Checkpoint` that says how
+            often. The same call resumes it and ends with the same result, bit by bit, as if it had
+            not been interrupted, if the data comes in the same order; a finished run is not
+            trained again.
 
     Returns:
         The result; its cost was counted again on the finished model.
@@ -121,12 +130,27 @@ def quantize(
             first_batch(val_data, "val_data")
         steps = epochs * batch_count(data)
         search = max(1, round(_SEARCH_SHARE * steps))
-        prepared = Prepared(captured, parsed, chosen, direction_of(direction), search)
+        way = direction_of(direction)
+        identity = {
+            **({} if checkpoint is None else model_identity(captured.module, inputs, start)),
+            "budget": str(parsed),
+            "target": {} if where.chip is None else target_to_json(where.chip),
+            "scheme": repr(chosen),
+            "direction": name_of(type(way)),
+            "loss": name_of(loss),
+            "metric": name_of(metric),
+            "epochs": epochs,
+            "steps": steps,
+            "seed": seed,
+        }
+        prepared = Prepared(captured, parsed, chosen, way, search)
         if start is not None:
             prepared.start_from(start)
         prepared.calibrate(data)
         listeners = [*callbacks, *([Progress()] if progress else [])]
         run = _Run(prepared, teacher, loss, metric, optimizer, steps, search, listeners)
+        if checkpoint is not None:
+            run.resume(checkpoint, identity, (data, val_data))
         return run.train(data, val_data, epochs)
 
 
@@ -139,22 +163,6 @@ def _seeded(seed: int) -> Iterator[None]:
         if devices:
             torch.cuda.manual_seed_all(seed)
         yield
-
-
-@dataclass
-class _Means:
-    """Running means by name."""
-
-    def __post_init__(self) -> None:
-        self._sums: dict[str, tuple[float, int]] = {}
-
-    def add(self, name: str, value: Tensor | float | None, count: int) -> None:
-        if value is not None:
-            total, seen = self._sums.get(name, (0.0, 0))
-            self._sums[name] = (total + float(value) * count, seen + count)
-
-    def result(self) -> dict[str, float]:
-        return {name: total / count for name, (total, count) in self._sums.items() if count}
 
 
 class _Run:
@@ -184,14 +192,60 @@ class _Run:
         self.signature = Signature.like(prepared.example_inputs, prepared.parameter_names)
         self.optimizer: Optimizer = optimizer(parameter_groups(self.model))
         self.scheduler = LambdaLR(self.optimizer, schedule(search, steps))
+        self.store: CheckpointStore | None = None
+        self.position = Position(torch.zeros((), device=self.device))
+
+    def resume(
+        self,
+        checkpoint: str | Path | Checkpoint,
+        identity: dict[str, Any],
+        sources: Sequence[Iterable[Any] | None],
+    ) -> None:
+        """Keep the run in a folder from now on, and take up the run that is there.
+
+        Raises:
+            CheckpointError: If what is there is another run, or damaged.
+        """
+        options = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+        identity = {**identity, "optimizer": optimizer_identity(self.optimizer)}
+        self.store = CheckpointStore(options, identity)
+        self.position.sources = sources
+        state = self.store.read()
+        if state is None:
+            return
+        try:
+            self.prepared.load_state_dict(state["prepared"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.history.load_state_dict(state["history"])
+            self.position.load_state_dict(state["position"])
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint in {options.folder} is damaged: {error}"
+            ) from error
+
+    def _keep(self, last: bool = False) -> None:
+        """Write a checkpoint, if it is time."""
+        if self.store is not None and (last or self.store.due(len(self.history.steps))):
+            self.store.write(
+                {
+                    "prepared": self.prepared.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scheduler": self.scheduler.state_dict(),
+                    "history": self.history.state_dict(),
+                    "position": self.position.state_dict(),
+                }
+            )
 
     def train(self, data: Iterable[Any], val_data: Iterable[Any] | None, epochs: int) -> Result:
         """Search and tune, then finalize and measure."""
         for listener in self.listeners:
             listener.on_start(self.prepared, self.steps)
         try:
-            for epoch in range(1, epochs + 1):
-                self._epoch(epoch, data, val_data)
+            while self.position.epoch <= epochs:
+                self._epoch(data, val_data)
+                self.position.advance()
+            self._keep(last=True)
         finally:
             for listener in self.listeners:
                 listener.on_end()
@@ -201,19 +255,22 @@ class _Run:
             result.metrics = self._evaluate(result.model, val_data)
         return result
 
-    def _epoch(self, epoch: int, data: Iterable[Any], val_data: Iterable[Any] | None) -> None:
+    def _epoch(self, data: Iterable[Any], val_data: Iterable[Any] | None) -> None:
+        at = self.position
         self.model.train()
-        total, count = torch.zeros((), device=self.device), 0
-        for raw in data:
-            total += self._step(self._batch(raw))
-            count += 1
-        if count == 0:
-            raise DataError(f"train_data had no batches in epoch {epoch}; it must be re-iterable")
+        for raw in at.batches(data):
+            at.total += self._step(self._batch(raw))
+            at.batch += 1
+            self._keep()
+        if at.batch == 0:
+            raise DataError(
+                f"train_data had no batches in epoch {at.epoch}; it must be re-iterable"
+            )
         metrics = {} if val_data is None else self._evaluate(self.model, val_data)
         record = EpochRecord(
-            epoch,
+            at.epoch,
             self.prepared.phase,
-            float(total) / count,
+            float(at.total) / at.batch,
             metrics,
             self._costs(),
             self.prepared.satisfied,
@@ -264,9 +321,9 @@ class _Run:
             with torch.no_grad():
                 target = self._call(self.teacher, batch.inputs)
             return imitation(output, target)
-        value = _judged("loss", self.loss, output, batch.target)
+        value = judged("loss", self.loss, output, batch.target)
         if not isinstance(value, Tensor):
-            raise DataError(f"loss(output, target) must return a tensor, not {_shapes(value)}")
+            raise DataError(f"loss(output, target) must return a tensor, not {shapes_of(value)}")
         return value
 
     def _call(self, model: GraphModule, inputs: ExampleInputs) -> Any:
@@ -274,7 +331,7 @@ class _Run:
             return model(*inputs.args, **inputs.kwargs)
         except (RuntimeError, TypeError, ValueError) as error:
             raise DataError(
-                f"the model fails on a batch of {_shapes(inputs.tensors)}: {error}"
+                f"the model fails on a batch of {shapes_of(inputs.tensors)}: {error}"
             ) from error
 
     def _batch(self, raw: Any) -> Batch:
@@ -288,8 +345,8 @@ class _Run:
         ):
             free = "any batch size" if start else "the same batch size"
             raise DataError(
-                f"a batch of {_shapes(found)} does not fit the model, which was captured with "
-                f"{_shapes(expected.tensors)}; batches need the same shapes and kinds of dtypes, "
+                f"a batch of {shapes_of(found)} does not fit the model, which was captured with "
+                f"{shapes_of(expected.tensors)}; batches need the same shapes and kinds of dtypes, "
                 f"{free}"
             )
         return batch.to(self.device)
@@ -297,14 +354,14 @@ class _Run:
     @torch.no_grad()
     def _evaluate(self, model: GraphModule, data: Iterable[Any]) -> dict[str, float]:
         model.eval()
-        means = _Means()
+        means = Means()
         for raw in data:
             batch = self._batch(raw)
             size = batch.inputs.batch or 1
             output = self._call(model, batch.inputs)
             means.add("loss", self._loss(output, batch), size)
             if self.metric is not None:
-                means.add("metric", _judged("metric", self.metric, output, batch.target), size)
+                means.add("metric", judged("metric", self.metric, output, batch.target), size)
             else:
                 means.add("accuracy", accuracy(output, batch.target), size)
         if not (result := means.result()):
@@ -313,28 +370,3 @@ class _Run:
 
     def _costs(self) -> tuple[float, ...]:
         return tuple(s.value / s.limit if s.limit else 0.0 for s in self.prepared.cost)
-
-
-def _judged(name: str, function: Loss | Metric, output: Any, target: Any) -> Tensor | float:
-    """What the user's loss or metric says: one number."""
-    try:
-        value = function(output, target)
-    except Exception as error:
-        raise DataError(
-            f"{name}(output, target) failed: {type(error).__name__}: {error}; the output is "
-            f"{_shapes(output)}, the target {_shapes(target)}"
-        ) from error
-    if not isinstance(value, Tensor | float | int) or torch.as_tensor(value).numel() != 1:
-        raise DataError(f"{name}(output, target) must return one number, not {_shapes(value)}")
-    return value
-
-
-def _shapes(value: Any) -> str:
-    leaves = [x for x in pytree.tree_leaves(value) if x is not None]
-    found = [
-        f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
-        if isinstance(x, Tensor)
-        else type(x).__name__
-        for x in leaves[:6]
-    ]
-    return ", ".join(found) or "nothing"

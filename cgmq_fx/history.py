@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
 
 Phase: TypeAlias = Literal["search", "tune"]
 """Search: gates move. Tune: bit-widths are frozen, weights and ranges train on."""
@@ -79,3 +83,34 @@ class History:
     epochs: list[EpochRecord] = field(default_factory=list)
     gates: list[GateRecord] = field(default_factory=list)
     quantizers: tuple[str, ...] = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The records as tensors and plain values: a long run has very many steps."""
+        steps = self.steps
+        losses = [math.nan if r.loss is None else r.loss for r in steps]
+        return {
+            "costs": torch.tensor([r.costs for r in steps], dtype=torch.float64),
+            "losses": torch.tensor(losses, dtype=torch.float64),
+            "search": sum(r.phase == "search" for r in steps),
+            "total": steps[0].steps if steps else 0,
+            "epochs": [asdict(r) for r in self.epochs],
+            "gates": [asdict(r) for r in self.gates],
+            "quantizers": self.quantizers,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        rows = zip(state["costs"].tolist(), state["losses"].tolist(), strict=True)
+        self.steps = [
+            StepRecord(
+                i,
+                state["total"],
+                "search" if i < state["search"] else "tune",
+                tuple(costs),
+                None if math.isnan(loss) else loss,
+            )
+            for i, (costs, loss) in enumerate(rows)
+        ]
+        self.epochs = [EpochRecord(**row) for row in state["epochs"]]
+        self.gates = [GateRecord(**row) for row in state["gates"]]
+        self.quantizers = tuple(state["quantizers"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from cgmq_fx.calibrate import calibrate
+from cgmq_fx.calibrate import RangeTable, calibrate
 from cgmq_fx.controller import Controller
 from cgmq_fx.cost_models import (
     Assignment,
@@ -24,7 +24,7 @@ from cgmq_fx.cost_models import (
     lowest_bits,
     parse_budget,
 )
-from cgmq_fx.cost_models.errors import OptionError
+from cgmq_fx.cost_models.errors import CheckpointError, OptionError
 from cgmq_fx.data import Signature, calibration_batches, example_inputs_of
 from cgmq_fx.directions import Direction, direction_of
 from cgmq_fx.history import Phase
@@ -174,6 +174,42 @@ class Prepared:
         """End the search now: freeze the best bit-widths that satisfy the budget."""
         self._controller.freeze()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training changes here: weights, ranges, gates; tensors by name.
+
+        The optimizer's state and the random state are not in it.
+        """
+        tables = {
+            name: {"log_ranges": t.log_ranges, "noise": t.noise, "power": t.power}
+            for name, t in self._tables.items()
+        }
+        return {
+            "model": {n: t.detach().clone() for n, t in self.model.state_dict().items()},
+            "signed": {name: q.signed for name, q in self._quantizers.items()},
+            "tables": tables,
+            "controller": self._controller.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave, of the same model prepared in the same way.
+
+        Raises:
+            CheckpointError: If the state is that of another model, or damaged.
+        """
+        try:
+            for name, quantizer in self._quantizers.items():
+                quantizer.signed = state["signed"][name] is True
+            device = device_of(self.model)
+            tables = {
+                name: RangeTable(t["log_ranges"].to(device), t["noise"].to(device), t["power"])
+                for name, t in state["tables"].items()
+            }
+            self._controller = self._controlled(tables)
+            self._controller.load_state_dict(state["controller"])
+            self.model.load_state_dict(state["model"])
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the state does not fit the model: {error}") from error
+
     def finalize(self) -> Result:
         """Freeze, copy, and verify.
 
@@ -190,17 +226,24 @@ class Prepared:
         return Result(frozen, verify(frozen, self._inputs, self.budget), self.budget, self._inputs)
 
     def _calibrated(self, batches: list[ExampleInputs]) -> Controller:
-        container = self.model.get_submodule(QUANTIZERS)
-        own = {n: q for n, q in container.named_children() if isinstance(q, Quantizer)}
+        own = self._quantizers
         inputs = frozenset(self.parameter_names) & frozenset(own)
-        tables = calibrate(self.model, own, batches, inputs)
+        return self._controlled(calibrate(self.model, own, batches, inputs))
+
+    def _controlled(self, tables: Mapping[str, RangeTable]) -> Controller:
+        self._tables = tables
         align_signs(self.model)
         controller = Controller(
-            own, self.facts, self.budget, tables, self._direction, self._search_steps
+            self._quantizers, self.facts, self.budget, tables, self._direction, self._search_steps
         )
         if self._start is not None:
             controller.start(self._start)
         return controller
+
+    @property
+    def _quantizers(self) -> dict[str, Quantizer]:
+        container = self.model.get_submodule(QUANTIZERS)
+        return {n: q for n, q in container.named_children() if isinstance(q, Quantizer)}
 
 
 def float_graph(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Captured:

@@ -69,3 +69,7 @@ class ExportError(CgmqError):
 
 class ArtifactError(CgmqError):
     """A file is not an artifact of cgmq_fx, is damaged, or is of a newer format."""
+
+
+class CheckpointError(CgmqError):
+    """A checkpoint cannot be written or read, or is of another run."""

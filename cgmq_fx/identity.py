@@ -1,0 +1,71 @@
+"""What a run is: everything that a checkpoint must have in common with the run that resumes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from hashlib import sha256
+from importlib.metadata import version
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.optim import Optimizer
+
+from cgmq_fx.passes.capture import ExampleInputs, device_of
+from cgmq_fx.result import Result
+
+_DIGITS = 16
+
+
+def model_identity(
+    module: GraphModule, inputs: ExampleInputs, start: Result | None
+) -> dict[str, Any]:
+    """What a run starts from: versions, the model, and the result that it continues.
+
+    Args:
+        module: The float graph, before quantizers are inserted.
+        inputs: Its example inputs.
+        start: A result to start from, if there is one.
+    """
+    return {
+        "versions": {"cgmq_fx": version("cgmq-fx"), "torch": torch.__version__},
+        "device": device_of(module).type,
+        "inputs": [f"{tuple(t.shape)} {t.dtype}" for t in inputs.tensors],
+        "graph": _short(module.code.encode()),
+        "model": _digests(module),
+        "start": {} if start is None else _digests(start.model),
+    }
+
+
+def name_of(function: Callable[..., Any] | None) -> str | None:
+    """A function, or the class of an object, by module and name."""
+    if function is None:
+        return None
+    named: Any = function if isinstance(function, FunctionType | type) else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def optimizer_identity(optimizer: Optimizer) -> dict[str, Any]:
+    """The class of an optimizer and the options of its groups, by name."""
+    options = {
+        f"{name} of group {i}": repr(value)
+        for i, group in enumerate(optimizer.param_groups)
+        for name, value in group.items()
+        if name != "params"
+    }
+    return {"class": type(optimizer).__qualname__} | options
+
+
+def _digests(module: GraphModule) -> dict[str, str]:
+    return {name: _digest(tensor) for name, tensor in module.state_dict().items()}
+
+
+def _digest(tensor: Tensor) -> str:
+    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return f"{tuple(tensor.shape)} {_short(plain.numpy().tobytes())}"
+
+
+def _short(content: bytes) -> str:
+    return sha256(content).hexdigest()[:_DIGITS]
