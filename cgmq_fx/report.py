@@ -56,6 +56,20 @@ def as_dict(result: Result) -> dict[str, Any]:
     }
 
 
+def rows(result: Result) -> list[dict[str, Any]]:
+    """A flat row per compute node; costs in columns called as their constraints are."""
+    nodes: list[dict[str, Any]] = as_dict(result)["nodes"]
+    return [
+        {
+            **{key: value for key, value in node.items() if key not in ("costs", "output_shape")},
+            "output_shape": "x".join(map(str, node["output_shape"])),
+            **node["costs"],
+        }
+        for node in nodes
+        if node["weight_bits"] is not None
+    ]
+
+
 def render(result: Result) -> str:
     """The result as text: the compute nodes, the other quantizers, then the constraints.
 
@@ -64,7 +78,7 @@ def render(result: Result) -> str:
     """
     width = columns()
     tables = [fitting(partial(_node_table, result), _DETAILS)]
-    if others := _other_quantizers(result):
+    if others := other_quantizers(result):
         tables.append(_quantizer_table(result, others))
     return text_of([*tables, *_footer(result)], width)
 
@@ -94,7 +108,7 @@ def _node_table(result: Result, details: Sequence[str]) -> Table:
     return table
 
 
-def _other_quantizers(result: Result) -> list[str]:
+def other_quantizers(result: Result) -> list[str]:
     """Quantizers that no product reads: operands of residual adds, for example."""
     read = {o.quantizer for node in result.cost.nodes for o in node.operands}
     return [name for name in result.cost.facts.quantizers if name not in read]
@@ -150,11 +164,14 @@ def _range_text(result: Result, operand: Operand) -> str:
     return f"{high:.3g}" if low == high else f"{low:.2g}-{high:.2g}"
 
 
-def _bits_of(result: Result, node: NodeFacts, index: int) -> float | None:
-    if not node.operands:
-        return None
-    name = node.operands[index].quantizer
+def mean_bits(result: Result, operand: Operand) -> float:
+    """The bits of an operand, the mean over its gates."""
+    name = operand.quantizer
     return float(FLOAT_BITS) if name is None else float(result.cost.assignment[name].mean())
+
+
+def _bits_of(result: Result, node: NodeFacts, index: int) -> float | None:
+    return mean_bits(result, node.operands[index]) if node.operands else None
 
 
 def _quantizer(result: Result, name: str) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.verify import CostReport
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from cgmq_fx.exporters import Exported
 
 
@@ -68,7 +70,11 @@ class Result:
         return export(self, path, format, verify=verify, samples=samples)
 
     def plot(self, folder: str | Path) -> list[Path]:
-        """Write plots as PNG files: bits and cost per layer; cost and metrics over time.
+        """Write plots as PNG files.
+
+        Bits and cost by layer (`bits.png`) and along the network (`profile.png`), weights within
+        their ranges (`ranges.png`), and if a training was recorded, cost and metrics over time
+        against the bounds (`history.png`) and the gates (`gates.png`).
 
         Args:
             folder: Where to; made if it does not exist.
@@ -83,11 +89,46 @@ class Result:
 
         return save_plots(self, Path(folder))
 
+    def to_html(self, path: str | Path) -> Path:
+        """Write everything about the result as one page that needs no network.
+
+        The graph, coloured by bits and zoomable; a table to sort; plots, if matplotlib is
+        installed; and what was counted.
+
+        Args:
+            path: The file, usually `*.html`; replaced if it exists.
+
+        Returns:
+            The path.
+
+        Raises:
+            OptionError: If the file cannot be written.
+        """
+        from cgmq_fx.html import save_html
+
+        return save_html(self, Path(path))
+
+    def to_dataframe(self) -> DataFrame:
+        """A row per layer: bits, MACs, and every cost.
+
+        Raises:
+            OptionError: If pandas is not installed.
+        """
+        from cgmq_fx.report import rows
+        from cgmq_fx.tabular import frame
+
+        return frame(rows(self))
+
     def report(self) -> dict[str, Any]:
         """The result as plain values: constraints, nodes, quantizers, metrics, history."""
         from cgmq_fx.report import as_dict
 
         return as_dict(self)
+
+    def _repr_html_(self) -> str:
+        from cgmq_fx.html import fragment
+
+        return fragment(self)
 
     def __str__(self) -> str:
         from cgmq_fx.report import render

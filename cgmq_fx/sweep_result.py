@@ -111,9 +111,9 @@ class Sweep:
         Raises:
             OptionError: If matplotlib is not installed, or the file cannot be written.
         """
-        from cgmq_fx.plots import save_figure, sweep_figure
+        from cgmq_fx.plots import save_sweep
 
-        return save_figure(sweep_figure(self), Path(path))
+        return save_sweep(self, Path(path))
 
     def __str__(self) -> str:
         return text_of([self._table()], columns())

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import cgmq_fx
 from cgmq_fx import BOPs, Budget, Constraint, OptionError, Result, Scheme, WeightMemory, prepare
 from cgmq_fx.cost_models import CONVENTION
 from cgmq_fx.history import EpochRecord, History, StepRecord
@@ -142,26 +143,30 @@ def with_history(result: Result, metrics: dict[str, float] | None = None) -> Res
 @pytest.mark.parametrize("metrics", [{}, {"loss": 0.5}, {"loss": 0.5, "accuracy": 0.9}])
 def test_plots_are_images(metrics: dict[str, float], tmp_path: Path) -> None:
     files = with_history(result_of("residual"), metrics).plot(tmp_path / "new" / "plots")
-    assert [f.name for f in files] == ["bits.png", "history.png"]
+    names = ["bits.png", "profile.png", "ranges.png", "history.png"]
+    assert [f.name for f in files] == names
     assert all(f.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for f in files)
 
 
 @pytest.mark.parametrize("name", ["cnn", "tied"])
-def test_without_a_history_there_is_one_plot(name: str, tmp_path: Path) -> None:
-    assert [f.name for f in result_of(name).plot(tmp_path)] == ["bits.png"]
+def test_without_a_history_there_is_none_over_time(name: str, tmp_path: Path) -> None:
+    files = result_of(name).plot(tmp_path)
+    assert [f.name for f in files] == ["bits.png", "profile.png", "ranges.png"]
 
 
 def test_a_history_without_epochs_is_drawn(tmp_path: Path) -> None:
     result = with_history(result_of("cnn"))
     result.history.epochs.clear()
-    assert len(result.plot(tmp_path)) == 2
+    assert (tmp_path / "history.png") in result.plot(tmp_path)
 
 
 def test_without_matplotlib_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, name, None)
+    for name in [n for n in sys.modules if n.startswith("cgmq_fx.plot_")]:
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(cgmq_fx, name.rpartition(".")[2])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = result_of("tied")
     with pytest.raises(OptionError, match=r"pip install \"cgmq-fx\[plot\]\""):
         result.plot(tmp_path / "plots")

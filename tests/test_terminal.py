@@ -109,7 +109,7 @@ def test_quantize_shows_epochs_and_then_the_result(quantized: Terminal, folder: 
     assert re.search(r"val loss \d\.\d{4}, accuracy \d\.\d{4}", quantized.text)
     assert "of bound, satisfied" in quantized.text
     assert any(line.startswith("bops ") and "<= 2.0000%" in line for line in lines)
-    assert "wrote quantized/model.safetensors, quantized/report.json" in quantized.text
+    assert "quantized/report.json, quantized/report.html" in quantized.text
     assert (folder / "quantized" / "model.safetensors").is_file()
 
 
@@ -130,7 +130,10 @@ def test_tables_fit_into_80_columns(quantized: Terminal) -> None:
 
 @pytest.mark.usefixtures("quantized")
 def test_show_prints_the_same_table(terminal: Terminal) -> None:
-    assert terminal.run("show", "quantized/model.safetensors") == 0
+    options = ("--html", "page.html", "--plots", "plots")
+    assert terminal.run("show", "quantized/model.safetensors", *options) == 0
+    assert "wrote page.html" in terminal.lines
+    assert "wrote plots/gates.png" in terminal.lines
     assert "Quantized under bops <= 2%, weights <= 600 byte" in terminal.text
 
 

@@ -36,4 +36,4 @@ def write_result(result: Result, folder: Path) -> list[Path]:
     model, report = folder / "model.safetensors", folder / "report.json"
     result.save(model)
     report.write_text(json.dumps(result.report(), indent=1))
-    return [model, report]
+    return [model, report, result.to_html(folder / "report.html")]

@@ -18,8 +18,13 @@ from cgmq_fx.cli.common import reported
     type=click.Path(file_okay=False, path_type=Path),
     help="Write plots into this folder (needs matplotlib).",
 )
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the report as one page.",
+)
 @reported
-def command(file: Path, as_json: bool, plots: Path | None) -> None:
+def command(file: Path, as_json: bool, plots: Path | None, html: Path | None) -> None:
     """Show a saved result: FILE is a model.safetensors that was written by quantize.
 
     Its cost is counted again, and nothing in it is executed, so it need not be trusted. The exit
@@ -27,12 +32,13 @@ def command(file: Path, as_json: bool, plots: Path | None) -> None:
 
     \b
     Example:
-        cgmq-fx show quantized/model.safetensors
+        cgmq-fx show quantized/model.safetensors --html report.html
     """  # noqa: D301 - click wants the backspace
     from cgmq_fx.artifact import load
 
     result = load(file)
     click.echo(json.dumps(result.report(), indent=1) if as_json else str(result))
-    if plots is not None:
-        for path in result.plot(plots):
-            click.echo(f"wrote {path}", err=True)
+    files = [] if html is None else [result.to_html(html)]
+    files += [] if plots is None else result.plot(plots)
+    for path in files:
+        click.echo(f"wrote {path}", err=True)
