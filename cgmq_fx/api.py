@@ -50,6 +50,7 @@ from cgmq_fx.directions import Direction
 from cgmq_fx.driver import quantize
 from cgmq_fx.explanation import Explanation, explain
 from cgmq_fx.exporters import Exported, Exporter, export, register_exporter
+from cgmq_fx.loggers import CSVLogger, TensorBoardLogger
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.prepared import Prepared, prepare
 from cgmq_fx.presets import PRESETS, Preset
@@ -68,6 +69,7 @@ __all__ = [
     "BoundError",
     "Budget",
     "BudgetError",
+    "CSVLogger",
     "Callback",
     "CaptureError",
     "CgmqError",
@@ -102,6 +104,7 @@ __all__ = [
     "SweepPoint",
     "Target",
     "TargetError",
+    "TensorBoardLogger",
     "TrainingError",
     "UnknownCostError",
     "UnknownTargetError",

@@ -30,7 +30,7 @@ from cgmq_fx.data import (
     split_batch,
 )
 from cgmq_fx.directions import Direction, direction_of
-from cgmq_fx.history import EpochRecord, GateRecord, History, StepRecord
+from cgmq_fx.history import EpochRecord, History, StepRecord
 from cgmq_fx.identity import model_identity, name_of, optimizer_identity
 from cgmq_fx.judging import Means, judged, shapes_of
 from cgmq_fx.passes.capture import ExampleInputs, device_of
@@ -308,12 +308,8 @@ class _Run:
         every = max(1, self.search // _GATE_RECORDS)
         if record.step >= self.search or (record.step + 1) % every:
             return
-        controller = self.prepared.controller
-        bits = [float(b.mean()) for b in controller.assignment.values()]
-        sums = torch.bincount(controller.layout.owner, controller.gates)
-        means = sums / torch.bincount(controller.layout.owner)
-        self.history.quantizers = tuple(controller.assignment)
-        self.history.gates.append(GateRecord(record.step, tuple(means.tolist()), tuple(bits)))
+        self.history.quantizers = tuple(self.prepared.controller.assignment)
+        self.history.gates.append(self.prepared.gate_record(record.step))
 
     def _loss(self, output: Any, batch: Batch) -> Tensor:
         if self.loss is None:

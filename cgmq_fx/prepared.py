@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
@@ -27,7 +28,7 @@ from cgmq_fx.cost_models import (
 from cgmq_fx.cost_models.errors import CheckpointError, OptionError
 from cgmq_fx.data import Signature, calibration_batches, example_inputs_of
 from cgmq_fx.directions import Direction, direction_of
-from cgmq_fx.history import Phase
+from cgmq_fx.history import GateRecord, Phase
 from cgmq_fx.passes.annotate import annotate
 from cgmq_fx.passes.attention import DecomposeAttention
 from cgmq_fx.passes.bias import BIASES, QuantizeBiases, align_signs
@@ -173,6 +174,14 @@ class Prepared:
     def freeze(self) -> None:
         """End the search now: freeze the best bit-widths that satisfy the budget."""
         self._controller.freeze()
+
+    def gate_record(self, step: int) -> GateRecord:
+        """Where the gates stand: the mean gate and bit-width of every quantizer."""
+        controller = self._controller
+        bits = tuple(float(own.mean()) for own in controller.assignment.values())
+        sums = torch.bincount(controller.layout.owner, controller.gates)
+        means = sums / torch.bincount(controller.layout.owner)
+        return GateRecord(step, tuple(means.tolist()), bits)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training changes here: weights, ranges, gates; tensors by name.

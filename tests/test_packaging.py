@@ -151,7 +151,14 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_the_modules_and_nothing_else(wheel: Path) -> None:
     expected = {
         f"cgmq_fx/{file.relative_to(ROOT / 'cgmq_fx')}"
-        for pattern in ("*.py", "cli/*.py", "exporters/*.py", "py.typed", "templates/*")
+        for pattern in (
+            "*.py",
+            "cli/*.py",
+            "exporters/*.py",
+            "integrations/*.py",
+            "py.typed",
+            "templates/*",
+        )
         for file in (ROOT / "cgmq_fx").glob(pattern)
     } | {
         f"cgmq_fx/{file.relative_to(ROOT)}"
