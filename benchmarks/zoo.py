@@ -16,6 +16,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,8 +29,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import cgmq_fx
-from cgmq_fx.passes.capture import ExampleInputs
-from cgmq_fx.prepared import Prepared, float_graph
+from cgmq_fx.passes.copying import copy_model
+from cgmq_fx.passes.inputs import ExampleInputs
+from cgmq_fx.prepared import float_graph
 
 _TIME = 600
 console = Console()
@@ -76,35 +78,41 @@ def settle(model: nn.Module, args: Any, kwargs: Any) -> None:
     for norm in norms:
         norm.train()
         norm.momentum = 1.0
-    if norms:
+    try:
         with torch.no_grad():
-            model(*args, **kwargs)
+            call(model, args, kwargs)
+    except ValueError:  # one value per channel has no variance: leave the statistics as they are
+        pass
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval()
         norm.momentum = momentum
 
 
-def gradients(model: nn.Module, args: Any, kwargs: Any) -> set[str]:
-    """Names of the parameters that get a gradient other than zero."""
-    model.zero_grad()
-    loss_of(model(*args, **kwargs)).backward()
-    return {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+def call(model: nn.Module, args: Any, kwargs: Any) -> Any:
+    """The output of a model; some models write into the lists that they are given."""
+    args, kwargs = pytree.tree_map(lambda leaf: leaf, (tuple(args), dict(kwargs)))
+    return model(*args, **kwargs)
 
 
-def train(prepared: Prepared, args: Any, kwargs: Any) -> tuple[float, float]:
-    """One step of search, then three of tuning; the loss before and after those."""
-    model = prepared.model.train()
+def train(
+    model: nn.Module, args: Any, kwargs: Any, after: Callable[[], None] = lambda: None
+) -> tuple[set[str], list[float]]:
+    """Three steps: the names of the parameters that moved, and the loss before each and at last."""
+    model.train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses = []
-    for _ in range(5):
+    for step in range(4):
         optimizer.zero_grad()
         torch.manual_seed(0)
-        loss = loss_of(model(*args, **kwargs))
+        loss = loss_of(call(model, args, kwargs))
         losses.append(float(loss.detach()))
-        loss.backward()
-        optimizer.step()
-        prepared.step()
-    return losses[1], losses[4]
+        if step < 3:
+            loss.backward()
+            optimizer.step()
+            after()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    return moved, losses
 
 
 def run(zoo: ModuleType, name: str) -> dict[str, Any]:
@@ -125,38 +133,33 @@ def _stages(record: dict[str, Any], zoo: ModuleType, name: str) -> None:
     model, args, kwargs = zoo.build(name)
     settle(model, args, kwargs)
     with FlopCounterMode(display=False) as counter:
-        expected = pytree.tree_map_only(Tensor, Tensor.detach, model(*args, **kwargs))
+        expected = pytree.tree_map_only(Tensor, Tensor.detach, call(copy_model(model), args, kwargs))
     record["flop_counter"] = counter.get_total_flops() // 2
     record["stage"] = "capture"
     captured = float_graph(model, ExampleInputs(args, kwargs))
-    record["dynamic"] = captured.dynamic
+    record.update(dynamic=captured.dynamic, steps=[step[:200] for step in captured.steps])
     graph = captured.module.eval()
     with torch.no_grad():
-        record["difference"] = difference(graph(*args, **kwargs), expected)
-    moved = gradients(graph, args, kwargs)
+        record["difference"] = difference(call(graph, args, kwargs), expected)
+    in_float, _ = train(graph, args, kwargs)
     record["stage"] = "prepare"
-    given = dict(kwargs) if kwargs and not args else args
-    prepared = cgmq_fx.prepare(
-        model,
-        "bops <= 25%",
-        ExampleInputs(args, kwargs) if kwargs and args else given,
-        search_steps=1,
-    )
+    inputs = ExampleInputs(args, kwargs)
+    prepared = cgmq_fx.prepare(model, "bops <= 25%", inputs)
     facts = prepared.facts
     batch = facts.batch
     quantized = [n.macs for n in facts.nodes if n.operands and all(o.quantizer for o in n.operands)]
-    record.update(macs=facts.macs * batch, quantized=sum(quantized) * batch, unknown=facts.unknown)
+    record.update(macs=facts.macs * batch, quantized=sum(quantized) * batch)
+    record.update(unknown=facts.unknown, opaque=facts.opaque, assumptions=facts.assumptions)
     record["stage"] = "train"
-    before, after = train(prepared, args, kwargs)
-    record.update(before=before, after=after)
-    record["stuck"] = sorted(moved - gradients(prepared.model.eval(), args, kwargs))[:5]
+    moved, losses = train(prepared.model, args, kwargs, prepared.step)
+    record.update(before=losses[0], after=losses[-1], stuck=sorted(in_float - moved)[:5])
     record["stage"] = "finalize"
     result = prepared.finalize()
     record["cost"] = str(result.cost)
     record["stage"] = "save"
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         loaded = cgmq_fx.load(result.save(Path(folder) / "model.safetensors"))
-        same = difference(loaded.model(*args, **kwargs), result.model(*args, **kwargs))
+        same = difference(call(loaded.model, args, kwargs), call(result.model, args, kwargs))
     record["reloaded"] = same
 
 

@@ -18,8 +18,8 @@ from torch.fx import GraphModule
 
 from cgmq_fx.cost_models.errors import DataError
 from cgmq_fx.cost_models.facts import Role
-from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.grid import MAX_GRID_BITS, PASS_THROUGH, power_of_two_range, round_to_grid
+from cgmq_fx.passes.inputs import ExampleInputs
 from cgmq_fx.passes.quantizer import Quantizer
 
 _PER_BATCH = 8192
@@ -47,7 +47,9 @@ class RangeTable:
     power: float
 
 
-def best_range(values: Tensor, bits: int, signed: bool, power_of_two: bool = False) -> Tensor:
+def best_range(
+    values: Tensor, bits: int, signed: bool, power_of_two: bool = False, empty: float = 1.0
+) -> Tensor:
     """The range of least squared rounding error, robust against a few wild values.
 
     Values beyond three times the 99.9 % quantile count as if they stood there, so that one outlier
@@ -58,6 +60,7 @@ def best_range(values: Tensor, bits: int, signed: bool, power_of_two: bool = Fal
         bits: Bit-width, 2 or more.
         signed: Whether the grid has codes below zero.
         power_of_two: Whether steps are powers of two; the range is then one of such a step.
+        empty: The range where all values are zero.
 
     Returns:
         Shape (ranges,), positive.
@@ -66,7 +69,7 @@ def best_range(values: Tensor, bits: int, signed: bool, power_of_two: bool = Fal
     top = size.amax(1)
     cap = torch.minimum(top, _TAIL * _quantile(size))
     cap = torch.where(cap > 0, cap, top)
-    fallback = top.max() if bool(top.max() > 0) else torch.ones_like(top.max())
+    fallback = top.max() if bool(top.max() > 0) else torch.full_like(top.max(), empty)
     cap = torch.where(cap > 0, cap, fallback)
     bits = min(bits, MAX_GRID_BITS)
     codes = 2**bits - 1
@@ -101,10 +104,12 @@ def range_table(quantizer: Quantizer, values: Tensor) -> RangeTable:
         quantizer: Its sign, bit-widths and range shape count.
         values: Shape (ranges, samples), finite.
     """
-    shape = quantizer.log_range.shape
+    shape, spec = quantizer.log_range.shape, quantizer.spec
+    # a weight that starts at zero grows to what layers are usually initialised with
+    empty = values.shape[1] ** -0.5 if spec.role is Role.WEIGHT else 1.0
     logs, noise = [], []
-    for bits in quantizer.spec.bit_widths:
-        limit = best_range(values, max(bits, 2), quantizer.signed, quantizer.spec.power_of_two)
+    for bits in spec.bit_widths:
+        limit = best_range(values, max(bits, 2), quantizer.signed, spec.power_of_two, empty)
         logs.append(limit.log().reshape(shape))
         if bits == 0:
             noise.append(12 * values.square().mean())

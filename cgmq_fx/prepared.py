@@ -33,6 +33,7 @@ from cgmq_fx.passes.annotate import annotate
 from cgmq_fx.passes.attention import DecomposeAttention
 from cgmq_fx.passes.bias import BIASES, QuantizeBiases, align_signs
 from cgmq_fx.passes.capture import Captured, ExampleInputs, capture, device_of
+from cgmq_fx.passes.complexes import DecomposeComplex
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.decompose import DecomposeComposite
 from cgmq_fx.passes.freeze import Freeze
@@ -272,6 +273,7 @@ def float_graph(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Ca
         PropagateShapes(captured.inputs),
         FoldBatchNorm(),
         DecomposeAttention(),
+        DecomposeComplex(),
         SwitchModes(),
         PropagateShapes(captured.inputs),
     ]

@@ -107,8 +107,8 @@ class _Attempts:
         error: Exception | None = None
         for dynamic in self._sizes:
             try:
-                with stand_ins(self._model, opaque, self._inputs) as calls:
-                    module = trace(self._model, self._inputs, dynamic)
+                with stand_ins(self._model, opaque, self._inputs.map(torch.clone)) as calls:
+                    module = trace(self._model, self._inputs.map(torch.clone), dynamic)
                 module = run_passes(module, [RestoreOpaque(tuple(calls))])
                 free = dynamic and any_batch(module, self._inputs)
                 return Captured(module, self._inputs, free, tuple(self._steps))
@@ -122,7 +122,7 @@ class _Attempts:
     def _assumed(self) -> Captured | None:
         for dynamic in self._sizes:
             try:
-                module = trace_with_assumptions(self._model, self._inputs, dynamic)
+                module = trace_with_assumptions(self._model, self._inputs.map(torch.clone), dynamic)
                 self._run(module)
             except Exception as failure:  # noqa: BLE001 - the last way of all
                 self._steps.append(f"torch.export with the example's values: {_reason(failure)}")
@@ -160,7 +160,8 @@ def _copy(model: nn.Module) -> nn.Module:
 def _call(model: nn.Module, inputs: ExampleInputs) -> Any:
     try:
         with torch.no_grad():
-            return copy.deepcopy(model)(*inputs.args, **inputs.kwargs)
+            own = inputs.map(torch.clone)  # some models write into their inputs, or into lists
+            return copy.deepcopy(model)(*own.args, **own.kwargs)
     except Exception as error:
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in inputs.tensors)
         raise CaptureError(
