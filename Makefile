@@ -31,5 +31,5 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e ".[plot,onnx,bench,test,dev]"
+	$(INSTALL) -e ".[plot,onnx,qonnx,bench,test,dev]"
 	touch $(VENV)/demo.stamp $@

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import cast
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.lenet5 import LeNet5
 from benchmarks.resnet20 import ResNet20
-from cgmq_fx import Result, Scheme, prepare
+from cgmq_fx import PRESETS, Result, Scheme, prepare
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.quantizer import Quantizer
@@ -67,6 +68,10 @@ SCHEMES = {
     "w8": Scheme((8,)),
     "w16": Scheme((16,)),
     "float": Scheme((8, 32)),
+    "integer": PRESETS["xnnpack"].scheme,
+    "integer channel": replace(PRESETS["xnnpack"].scheme, weights="channel"),
+    "integer element": replace(PRESETS["xnnpack"].scheme, weights="element"),
+    "fpga": PRESETS["fpga"].scheme,
 }
 
 

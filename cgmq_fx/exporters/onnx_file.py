@@ -91,7 +91,11 @@ def to_onnx(source: Source, opset: int = OPSET) -> Any:
         raise ExportError(f"torch.onnx cannot translate the model: {error}") from error
     if exported is None:
         raise ExportError("torch.onnx gave no program")
-    model = exported.model
+    return without_notes(exported.model, source.manifest)
+
+
+def without_notes(model: Any, manifest: str) -> Any:
+    """A model of onnx_ir without the exporter's notes about where nodes came from, in place."""
     for value in (model, model.graph, *model.graph, *model.graph.inputs, *model.graph.outputs):
         value.metadata_props.clear()
     for node in model.graph:
@@ -100,7 +104,7 @@ def to_onnx(source: Source, opset: int = OPSET) -> Any:
             value.metadata_props.clear()
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
-    model.metadata_props[_KEY] = source.manifest
+    model.metadata_props[_KEY] = manifest
     return model
 
 

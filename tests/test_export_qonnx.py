@@ -1,0 +1,103 @@
+"""QONNX: the grids in the file, and the same outputs in qonnx's executor."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cgmq_fx import ExportError
+from cgmq_fx.exporters import exporters
+from cgmq_fx.exporters.agreement import compare
+from cgmq_fx.passes.insert import QUANTIZERS
+from cgmq_fx.passes.lower import lower
+from cgmq_fx.passes.quant_nodes import width_of
+from cgmq_fx.passes.quantizer import Quantizer
+from tests.deploy_nets import deployed, inputs_of
+
+onnx = pytest.importorskip("onnx", reason="QONNX needs onnx")
+pytest.importorskip("onnxscript", reason="QONNX needs onnxscript")
+pytest.importorskip("qonnx", reason="QONNX files are run by qonnx, which is not installed")
+
+CASES = [
+    *(("lenet5", s) for s in ("fpga", "channel")),
+    *(("mlp", s) for s in ("fpga", "both", "w16")),
+    ("resnet20", "fpga"),
+    ("separable", "fpga"),
+]
+
+
+@pytest.mark.parametrize(("name", "scheme"), CASES)
+def test_qonnx_computes_it(name: str, scheme: str, tmp_path: Path) -> None:
+    result = deployed(name, scheme)
+    path = result.export(tmp_path / "net.onnx", "qonnx").path
+    inputs = [inputs_of(name, batch) for batch in (1, 3)]
+    found = exporters()["qonnx"].run(path, inputs)
+    agreement = compare(lower(result.model, result.inputs), found, inputs)
+    assert agreement.largest <= 1.0
+    assert agreement.exact >= 0.95
+    if scheme == "fpga":  # sums of products of powers of two are exact in float32
+        assert agreement.exact == 1.0
+
+
+def test_every_tensor_has_its_own_bits(tmp_path: Path) -> None:
+    result = deployed("lenet5", "fpga")
+    model = onnx.load(result.export(tmp_path / "net.onnx", "qonnx").path)
+    numbers = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    quants = [node for node in model.graph.node if node.op_type == "Quant"]
+    assert {node.domain for node in quants} == {"qonnx.custom_op.general"}
+    found = Counter(int(numbers[node.input[3]]) for node in quants if node.input[0] not in numbers)
+    own = {n: q for n, q in result.model.get_submodule(QUANTIZERS).named_children()}
+    expected = Counter(
+        int(q.bits)
+        for q in own.values()
+        if isinstance(q, Quantizer) and q.spec.role.value == "activation"
+    )
+    assert found == expected
+    weights = {
+        name: int(numbers[node.input[3]])
+        for node in quants
+        for name in [node.input[0]]
+        if name in numbers and numbers[name].ndim > 1
+    }
+    assert len(weights) == 4
+    assert all(bits <= 8 for bits in weights.values())
+
+
+def test_pools_run_on_codes(tmp_path: Path) -> None:
+    model = onnx.load(deployed("lenet5", "fpga").export(tmp_path / "net.onnx", "qonnx").path)
+    made = {name: node.op_type for node in model.graph.node for name in node.output}
+    pools = [node for node in model.graph.node if node.op_type == "MaxPool"]
+    assert [made[pool.input[0]] for pool in pools] == ["Quant", "Quant"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "signed", "bits"),
+    [
+        (0, 1, False, 2),
+        (0, 3, False, 2),
+        (0, 4, False, 3),
+        (0, 255, False, 8),
+        (-1, 1, True, 2),
+        (-2, 2, True, 3),
+        (-127, 127, True, 8),
+        (0, 0, False, 2),
+        (0, 0, True, 2),
+    ],
+)
+def test_the_least_bits_of_codes(low: int, high: int, signed: bool, bits: int) -> None:
+    assert width_of(low, high, signed) == bits
+
+
+def test_packages_that_do_not_fit_together_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("Unsupported model IR version: 99, max supported IR version: 13")
+
+    monkeypatch.setattr("qonnx.core.onnx_exec.execute_onnx", refuse)
+    with pytest.raises(ExportError, match=r'pip install "onnx<1.23"'):
+        deployed("mlp", "fpga").export(tmp_path / "net.onnx", "qonnx")
+    assert list(tmp_path.iterdir()) == []
