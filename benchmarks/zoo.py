@@ -133,7 +133,9 @@ def _stages(record: dict[str, Any], zoo: ModuleType, name: str) -> None:
     model, args, kwargs = zoo.build(name)
     settle(model, args, kwargs)
     with FlopCounterMode(display=False) as counter:
-        expected = pytree.tree_map_only(Tensor, Tensor.detach, call(copy_model(model), args, kwargs))
+        expected = pytree.tree_map_only(
+            Tensor, Tensor.detach, call(copy_model(model), args, kwargs)
+        )
     record["flop_counter"] = counter.get_total_flops() // 2
     record["stage"] = "capture"
     captured = float_graph(model, ExampleInputs(args, kwargs))

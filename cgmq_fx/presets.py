@@ -64,7 +64,8 @@ class Preset:
 
     def _check(self, scheme: Scheme) -> None:
         ends = [bits for bits in (scheme.input_bits, scheme.output_bits) if bits is not None]
-        wide = sorted({*scheme.bit_widths, *ends} - {*self.widths})
+        layers = [bits for _, widths in scheme.layer_widths for bits in widths]
+        wide = sorted({*scheme.bit_widths, *layers, *ends} - {*self.widths})
         if wide:
             listed = ", ".join(map(str, wide))
             raise self._refused(f"{listed} bits", f"{self.widths[0]} to {self.widths[-1]} bits")

@@ -22,6 +22,7 @@ from cgmq_fx.cost_models.errors import ArtifactError
 _CALLS_PER_NODE = 64
 _CALLS = 4096
 _LISTED = 1 << 14
+_LISTED_PER_NODE = 16
 _RANK = 32
 _ELEMENTS = 1 << 40
 _NUMBER = 1 << 63
@@ -40,7 +41,7 @@ class WorkGuard(TorchDispatchMode):
     def __init__(self, nodes: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._calls = _CALLS + _CALLS_PER_NODE * nodes
-        self._listed = _LISTED + nodes
+        self._listed = _LISTED + _LISTED_PER_NODE * nodes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -81,7 +82,9 @@ def _parts(func: Any, given: Mapping[str, Any]) -> int:
     each = given.get("split_size", given.get("split_sizes", 1))
     if isinstance(each, Sequence):
         return len(each)
-    return max(asked, -(-size // each) if isinstance(each, int) and each > 0 else size)
+    if asked:
+        return asked
+    return -(-size // each) if isinstance(each, int) and each > 0 else size
 
 
 def check_arithmetic(function: Any, args: Sequence[Any]) -> None:

@@ -22,6 +22,7 @@ from cgmq_fx.passes.optable import (
 )
 from cgmq_fx.passes.quantizer import Quantizer, QuantizerSpec
 from cgmq_fx.passes.scheme import Scheme
+from cgmq_fx.passes.selection import Selection
 from cgmq_fx.passes.signs import non_negative
 from cgmq_fx.passes.state import (
     is_float,
@@ -50,12 +51,12 @@ def operands(node: Node, op: ComputeOp) -> tuple[Node, Node]:
     return argument(node, op.activation), argument(node, op.weight)
 
 
-def _wanted(module: GraphModule, live: set[Node]) -> dict[Node, list[_Place]]:
+def _wanted(module: GraphModule, live: set[Node], selection: Selection) -> dict[Node, list[_Place]]:
     """Every tensor that a compute node multiplies, with its readers; grids that pass are one."""
     wanted: dict[Node, list[_Place]] = {}
     for node in module.graph.nodes:
         op = compute_op(node)
-        if op is None:
+        if op is None or selection.skips(node):
             continue
         for factor in operands(node, op):
             if not is_float(factor):
@@ -162,8 +163,11 @@ def _make(module: GraphModule, node: Node, spec: QuantizerSpec) -> str:
     return f"{QUANTIZERS}.{name}"
 
 
-def _insert(module: GraphModule, node: Node, path: str) -> None:
-    """Call a quantizer behind `node`; all that read its values read the quantizer instead."""
+def _insert(module: GraphModule, node: Node, path: str, selection: Selection) -> None:
+    """Call a quantizer behind `node`; all that read its values read the quantizer instead.
+
+    Layers that are skipped go on reading `node` itself.
+    """
     written = last_write(node)
     with module.graph.inserting_before(_first_reader(node, written)):
         call = module.graph.call_module(path, (node,))
@@ -172,7 +176,8 @@ def _insert(module: GraphModule, node: Node, path: str) -> None:
     }
     for user in list(node.users):
         late = written is None or written < user
-        if user is not call and late and not _reads_size_only(user):
+        skipped = compute_op(user) is not None and selection.skips(user)
+        if user is not call and late and not skipped and not _reads_size_only(user):
             user.replace_input_with(node, call)
 
 
@@ -195,10 +200,11 @@ class InsertQuantizers(Pass):
     """Insert a quantizer on every factor of every compute node, one per tensor.
 
     Before: a normalised graph with shapes. After: every floating-point factor of every compute node
-    is on the grid of exactly one quantizer, whatever views, max-pools and slices lie in between;
-    results that are never negative are unsigned, all else is signed; the operands of adds whose
-    result is quantized are on grids of their own, of at most 8 bits, so that an integer runtime can
-    rescale and add them; if the scheme says so, the network's outputs are on grids as well.
+    that the scheme does not skip is on the grid of exactly one quantizer, whatever views, max-pools
+    and slices lie in between; results that are never negative are unsigned, all else is signed; the
+    operands of adds whose result is quantized are on grids of their own, of at most 8 bits, so that
+    an integer runtime can rescale and add them; if the scheme says so, the network's outputs are on
+    grids as well.
 
     Attributes:
         scheme: Bit-widths and granularity.
@@ -216,32 +222,40 @@ class InsertQuantizers(Pass):
                 "accumulates"
             )
         module.add_module(QUANTIZERS, nn.Module())
-        live = reachable_from_inputs(module.graph)
-        wanted = _wanted(module, live)
+        selection = Selection(self.scheme, module.graph)
+        wanted = _wanted(module, reachable_from_inputs(module.graph), selection)
         for group in _shared(module, wanted):
-            specs = [_spec(self.scheme, wanted[node], self.batched) for node in group]
+            scheme = selection.scheme_of(p.reader for node in group for p in wanted[node])
+            specs = [_spec(scheme, wanted[node], self.batched) for node in group]
             spec = replace(specs[0], signed=any(spec.signed for spec in specs))
             for node, own in zip(group, specs, strict=True):
                 if node is group[0] or own.gate_shape != spec.gate_shape:
                     path = _make(module, node, spec if node is group[0] else own)
-                _insert(module, node, path)
+                _insert(module, node, path, selection)
         if self.scheme.output_bits is not None:
-            self._insert_all(module, _outputs(module, reachable_from_inputs(module.graph)))
-        self._insert_all(module, _links(module, reachable_from_inputs(module.graph)))
+            self._insert_all(
+                module, selection, _outputs(module, reachable_from_inputs(module.graph))
+            )
+        self._insert_all(module, selection, _links(module, reachable_from_inputs(module.graph)))
         return PassResult(module, modified=True)
 
-    def _insert_all(self, module: GraphModule, places: Iterator[_Place]) -> None:
+    def _insert_all(
+        self, module: GraphModule, selection: Selection, places: Iterator[_Place]
+    ) -> None:
         """Insert a quantizer at every place, but where an earlier one has put it on a grid."""
         for where in list(places):
             node = where.node
+            if where.reader.op != "output" and selection.skips(where.reader):
+                continue
             if quantizer_of(module, node) is None and not _is_quantized(module, node):
-                spec = _spec(self.scheme, [where], self.batched)
-                _insert(module, node, _make(module, node, spec))
+                spec = _spec(selection.scheme_of([where.reader]), [where], self.batched)
+                _insert(module, node, _make(module, node, spec), selection)
 
     def check(self, module: GraphModule) -> None:
-        """Every factor of every compute node is on a grid."""
+        """Every factor of every compute node that is not skipped is on a grid."""
+        selection = Selection(self.scheme, module.graph)
         for node in module.graph.nodes:
-            op = compute_op(node)
+            op = None if selection.skips(node) else compute_op(node)
             for factor in operands(node, op) if op else ():
                 if is_float(factor) and quantizer_of(module, factor) is None:
                     raise PassError(f"{factor} of {node} ({place(node)}) has no quantizer")

@@ -71,6 +71,14 @@ scheme = _together(
         help="What each activation gate stands for.",
     ),
     click.option("--input-bits", type=int, help="Fix the network's input at so many bits."),
+    click.option("--skip", multiple=True, help="Layers that stay in float, by path or type."),
+    click.option("--only", multiple=True, help="The only layers to quantize, by path or type."),
+    click.option(
+        "--layer",
+        "layers",
+        multiple=True,
+        help="Bit-widths of some layers, as 'encoder.*=4,8'; repeatable.",
+    ),
 )
 
 training = _together(
@@ -104,7 +112,13 @@ loudness = _together(
 
 
 def scheme_of(
-    bit_widths: str | None, weights: str, activations: str, input_bits: int | None
+    bit_widths: str | None,
+    weights: str,
+    activations: str,
+    input_bits: int | None,
+    skip: tuple[str, ...] = (),
+    only: tuple[str, ...] = (),
+    layers: tuple[str, ...] = (),
 ) -> Scheme:
     """Read the options of `scheme`, but for the targets.
 
@@ -116,4 +130,6 @@ def scheme_of(
 
     widths = DEFAULT_BIT_WIDTHS if bit_widths is None else numbers(bit_widths, ",")
     grains: dict[str, Any] = {"weights": weights, "activations": activations}
-    return Scheme(widths, input_bits=input_bits, **grains)
+    pairs = [layer.rpartition("=") for layer in layers]
+    rows = [(pattern, numbers(text, ",")) for pattern, _, text in pairs]
+    return Scheme(widths, input_bits=input_bits, skip=skip, only=only, layers=rows, **grains)
