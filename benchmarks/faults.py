@@ -18,11 +18,12 @@ import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -148,9 +149,9 @@ class StopAt(Callback):
 @contextmanager
 def full_disk(rng: Random, share: float) -> Iterator[None]:
     """Some writes of checkpoints end in the middle, with no space left."""
-    plain: Callable[..., Any] = os.fsync
+    plain = os.fsync
 
-    def fsync(handle: int) -> None:
+    def fsync(handle: Any) -> None:
         if rng.random() < share:
             size = os.fstat(handle).st_size
             if size:
@@ -158,11 +159,8 @@ def full_disk(rng: Random, share: float) -> Iterator[None]:
             raise OSError(errno.ENOSPC, "No space left on device")
         plain(handle)
 
-    os.fsync = fsync
-    try:
+    with patch.object(os, "fsync", fsync):
         yield
-    finally:
-        os.fsync = plain
 
 
 def disk(runs: int, seed: int) -> bool:

@@ -20,10 +20,8 @@ TEXTS = [
 
 
 def scalar(rng: Random) -> Any:
-    kind = rng.randrange(5)
-    if kind == 0:
-        return rng.choice([None, True, False])
-    return rng.choice([NUMBERS, FLOATS, TEXTS, NUMBERS][kind - 1])
+    kinds: list[list[Any]] = [[None, True, False], NUMBERS, FLOATS, TEXTS, NUMBERS]
+    return rng.choice(rng.choice(kinds))
 
 
 def value(rng: Random, depth: int = 3) -> Any:

@@ -6,9 +6,22 @@ layer can raise them; users import them from `cgmq_fx`.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class CgmqError(Exception):
-    """Base of every error that cgmq_fx raises on purpose."""
+    """Base of every error that cgmq_fx raises on purpose.
+
+    Attributes:
+        result: If training had begun, what it had reached: a `cgmq_fx.Result` that satisfies the
+            budget, from the last weights that were finite. Else None.
+    """
+
+    result: Any = None
+
+    def __str__(self) -> str:
+        hint = " (what training had reached is in this error's `result`)"
+        return super().__str__() + (hint if self.result is not None else "")
 
 
 class BudgetError(CgmqError, ValueError):
@@ -57,6 +70,10 @@ class DataError(CgmqError):
 
 class TrainingError(CgmqError):
     """Training went wrong: the loss, a gradient or a range is not finite."""
+
+
+class StoppedError(TrainingError, KeyboardInterrupt):
+    """Training was stopped by Ctrl-C."""
 
 
 class BoundError(CgmqError):

@@ -70,7 +70,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "loss is nan": (
         lambda: quantize(data=batches(8), loss=turns_nan()),
         cgmq_fx.TrainingError,
-        "the loss became nan at step 5 of 8",
+        r"step 5 of 8 \(phase \w+\): the loss became nan",
     ),
     "loss is a vector": (
         lambda: quantize(loss=lambda output, target: output),
