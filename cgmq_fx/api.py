@@ -47,6 +47,7 @@ from cgmq_fx.cost_models.errors import (
     UnknownTargetError,
     UnsupportedModelError,
 )
+from cgmq_fx.costing import Costs, cost
 from cgmq_fx.directions import Direction
 from cgmq_fx.driver import quantize
 from cgmq_fx.explanation import Explanation, explain
@@ -80,6 +81,7 @@ __all__ = [
     "ConstraintState",
     "CostModel",
     "CostModelError",
+    "Costs",
     "DataError",
     "Direction",
     "Energy",
@@ -112,6 +114,7 @@ __all__ = [
     "UnknownTargetError",
     "UnsupportedModelError",
     "WeightMemory",
+    "cost",
     "explain",
     "export",
     "load",
