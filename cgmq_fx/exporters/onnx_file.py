@@ -65,6 +65,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return op.QuantizeLinear(x, step, zero, axis=axis)
 
     def dequantize(codes: Any, step: Any, zero_point: int, axis: int) -> Any:
+        if codes.dtype == ir.DataType.INT32:  # a bias, which has none
+            return op.DequantizeLinear(codes, step, axis=axis)
         zero = np.full(list(step.shape), zero_point)
         return op.DequantizeLinear(codes, step, constant(zero, codes.dtype.numpy()), axis=axis)
 
