@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from cgmq_fx.cost_models.errors import CgmqError, ExportError
 from cgmq_fx.data import Signature, calibration_batches
 from cgmq_fx.exporters.agreement import Agreement, compare, trial_batches
+from cgmq_fx.exporters.certificate import Certificate, certify, manifest_of
 from cgmq_fx.exporters.exporter import Exporter, Source, find_exporter
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.result import Result
@@ -26,16 +28,22 @@ class Exported:
     Attributes:
         path: The file.
         format: Name of its format.
-        agreement: How its runtime compares with the graph; None if it was not run.
+        certificate: What it costs, as counted from the file; it lies beside it as JSON.
     """
 
     path: Path
     format: str
-    agreement: Agreement | None
+    certificate: Certificate
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """How its runtime compares with the graph; None if it was not run."""
+        return self.certificate.agreement
 
     def __str__(self) -> str:
-        size = f"{self.path} ({self.format}, {self.path.stat().st_size:,} bytes)"
-        return size if self.agreement is None else f"{size}: {self.agreement}"
+        lines = [f"{self.path} ({self.format}, {self.certificate.size:,} bytes)"]
+        lines += [] if self.agreement is None else [str(self.agreement)]
+        return "\n".join([*lines, *map(str, self.certificate.states)])
 
 
 def export(
@@ -63,20 +71,23 @@ def export(
     Raises:
         ExportError: If there is no such format, a package is missing, the graph cannot be
             expressed, or the runtime computes something else.
+        BoundError: If the file, counted on its own, costs more than the budget allows.
     """
     path = Path(path)
     exporter = find_exporter(path, format)
     exporter.check_installed()
-    source = Source(result)
+    source = Source(result, json.dumps(manifest_of(result).to_json(), separators=(",", ":")))
     try:
         with TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
             temporary = Path(folder) / path.name
             exporter.write(source, temporary)
             agreement = _verified(exporter, source, temporary, samples) if verify else None
+            certificate = certify(exporter, result, temporary, agreement)
             temporary.replace(path)
+            certificate.write(path)
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error}") from error
-    return Exported(path, exporter.name, agreement)
+    return Exported(path, exporter.name, certificate)
 
 
 def _verified(

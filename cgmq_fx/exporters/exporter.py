@@ -14,12 +14,13 @@ from typing import ClassVar, TypeVar
 from torch import Tensor
 from torch.fx import GraphModule
 
-from cgmq_fx.cost_models.errors import ExportError
+from cgmq_fx.cost_models import Budget, ConstraintState
+from cgmq_fx.cost_models.errors import ArtifactError, ExportError
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.lower import lower
 from cgmq_fx.result import Result
 
-_BUILT_IN = ("onnx_file", "onnx_compact", "pt2_file", "qonnx_file", "executorch_file", "litert_file")
+_BUILT_IN = ("onnx_file", "onnx_compact", "pt2_file", "own_file", "qonnx_file", "executorch_file", "litert_file")
 """Modules of this package that register formats."""
 
 
@@ -51,6 +52,19 @@ class Source:
         return lower(self.result.model, self.inputs, offset=True)
 
 
+class FileCost(ABC):
+    """What was read from a file in order to count its cost."""
+
+    @property
+    @abstractmethod
+    def budget(self) -> str:
+        """The budget that the file states, as text."""
+
+    @abstractmethod
+    def count(self, budget: Budget) -> tuple[tuple[ConstraintState, ...], tuple[str, ...]]:
+        """Every constraint with its cost, and the ops that no table knows."""
+
+
 class Exporter(ABC):
     """A format.
 
@@ -59,12 +73,14 @@ class Exporter(ABC):
         suffix: Ending of its files; the first registered format with a suffix is its default.
         packages: Import names of what must be installed to write and run it.
         extra: The extra of this library that installs them, empty if it needs none.
+        readable: Whether the cost of a file can be counted from the file: `read` is implemented.
     """
 
     name: ClassVar[str]
     suffix: ClassVar[str]
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str] = ""
+    readable: ClassVar[bool] = False
 
     @abstractmethod
     def write(self, source: Source, path: Path) -> None:
@@ -85,6 +101,15 @@ class Exporter(ABC):
         Returns:
             For every batch the outputs, flat, in the order of the graph.
         """
+
+    def read(self, path: Path) -> FileCost:
+        """Read what a file costs, from nothing but the file, without executing anything in it.
+
+        Raises:
+            ArtifactError: If it is not a file that this library exported, is damaged, or of a newer
+                format.
+        """
+        raise ArtifactError(f"what a file of format {self.name!r} costs cannot be read from it")
 
     def check_installed(self) -> None:
         """Insist that all packages are there.

@@ -14,8 +14,9 @@ from typing import Any, ClassVar, final
 import numpy as np
 from torch import Tensor
 
-from cgmq_fx.exporters.exporter import Exporter, Source, register_exporter
+from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_exporter
 from cgmq_fx.exporters.onnx_file import OPSET, run_onnx, to_onnx
+from cgmq_fx.exporters.onnx_reader import read_onnx
 from cgmq_fx.passes.capture import ExampleInputs
 
 OPSET_OF_INT2 = 25
@@ -77,6 +78,7 @@ class Compact(Exporter):
     suffix: ClassVar[str] = ".onnx"
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
     extra: ClassVar[str] = "onnx"
+    readable: ClassVar[bool] = True
 
     def write(self, source: Source, path: Path) -> None:
         """Write it through torch.onnx, then pack."""
@@ -85,6 +87,10 @@ class Compact(Exporter):
         model = to_onnx(source)
         pack(model)
         ir.save(model, path)
+
+    def read(self, path: Path) -> FileCost:
+        """Read its nodes and tensors with onnx."""
+        return read_onnx(path)
 
     def run(self, path: Path, batches: Sequence[ExampleInputs]) -> list[list[Tensor]]:
         """Run it in onnxruntime."""

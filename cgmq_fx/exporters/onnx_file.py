@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import ExportError
-from cgmq_fx.exporters.exporter import Exporter, Source, register_exporter
+from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_exporter
+from cgmq_fx.exporters.onnx_reader import read_onnx
 from cgmq_fx.exporters.program import exported_program, quiet
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.codes import DEQUANTIZE, QUANTIZE
@@ -146,12 +147,17 @@ class Portable(Exporter):
     suffix: ClassVar[str] = ".onnx"
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
     extra: ClassVar[str] = "onnx"
+    readable: ClassVar[bool] = True
 
     def write(self, source: Source, path: Path) -> None:
         """Write it through torch.onnx."""
         import onnx_ir as ir
 
         ir.save(to_onnx(source), path)
+
+    def read(self, path: Path) -> FileCost:
+        """Read its nodes and tensors with onnx."""
+        return read_onnx(path)
 
     def run(self, path: Path, batches: Sequence[ExampleInputs]) -> list[list[Tensor]]:
         """Run it in onnxruntime."""

@@ -1,0 +1,44 @@
+"""`cgmq-fx verify`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from cgmq_fx.cli.common import INFEASIBLE, reported
+
+
+@click.command("verify", short_help="Check what an exported file costs.")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--budget", help="The bounds to check; by default those that the file states.")
+@click.option("--target", help="The chip for latency and energy: a name or a JSON file.")
+@click.option("--json", "as_json", is_flag=True, help="Print a certificate as JSON.")
+@reported
+def command(file: Path, budget: str | None, target: str | None, as_json: bool) -> None:
+    """Check what an exported FILE costs, from the file alone.
+
+    Bits are read from its tensors and clamps, multiply-accumulates from its shapes. It needs
+    neither the model's source nor the training code, and nothing in the file is executed. Where the
+    file's certificate lies beside it, it must be the file that was certified. The exit status is 0
+    if every bound holds, 1 if one does not, and 2 if the file cannot be read.
+
+    \b
+    Example:
+        cgmq-fx verify lenet5.onnx --budget "bops <= 0.4%, weights <= 200 KiB"
+    """  # noqa: D301 - click wants the backspace
+    from cgmq_fx.cost_models.target import load_target
+    from cgmq_fx.exporters.certificate import verify_file
+
+    found = verify_file(file, budget, target=None if target is None else load_target(target))
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        for state in found.states:
+            click.echo(str(state))
+        if found.unknown:
+            click.echo(f"not counted (unknown ops): {', '.join(found.unknown)}")
+        click.echo(f"({found.to_json()['convention']})")
+    if not found.satisfied:
+        raise SystemExit(INFEASIBLE)

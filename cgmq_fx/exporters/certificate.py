@@ -1,0 +1,194 @@
+"""The certificate: what a file costs, counted from the file, beside the bounds it was made for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cgmq_fx.cost_models import (
+    CONVENTION,
+    Budget,
+    BudgetLike,
+    ConstraintState,
+    Target,
+    parse_budget,
+)
+from cgmq_fx.cost_models.errors import ArtifactError, BoundError, ExportError
+from cgmq_fx.exporters.agreement import Agreement
+from cgmq_fx.exporters.cost_graph import Layout, Manifest
+from cgmq_fx.exporters.exporter import Exporter, find_exporter
+from cgmq_fx.passes.insert import QUANTIZERS
+from cgmq_fx.passes.quantizer import Quantizer
+from cgmq_fx.result import Result
+
+SUFFIX = ".certificate.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a file costs.
+
+    Attributes:
+        file: Its name, without the folder.
+        format: Name of its format.
+        sha256: Its hash, in hexadecimal digits.
+        size: Its bytes.
+        states: Every constraint: bound, value, satisfied.
+        unknown: Ops that no table knows, which are not counted.
+        from_file: Whether costs were counted from the file, not from the graph that it was written
+            from.
+        agreement: How its runtime compares with the graph, if it was run.
+    """
+
+    file: str
+    format: str
+    sha256: str
+    size: int
+    states: tuple[ConstraintState, ...]
+    unknown: tuple[str, ...]
+    from_file: bool
+    agreement: Agreement | None = None
+
+    @property
+    def satisfied(self) -> bool:
+        """Whether every constraint holds."""
+        return all(state.satisfied for state in self.states)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "certificate": _FORMAT,
+            "file": self.file,
+            "format": self.format,
+            "sha256": self.sha256,
+            "bytes": self.size,
+            "satisfied": self.satisfied,
+            "counted_from": "file" if self.from_file else "graph",
+            "constraints": [_state(state) for state in self.states],
+            "not_counted": list(self.unknown),
+            "convention": CONVENTION,
+            "agreement": None if self.agreement is None else vars(self.agreement),
+        }
+
+    def write(self, path: Path) -> Path:
+        """Write it beside the file that it is about.
+
+        Args:
+            path: That file.
+        """
+        target = path.with_name(path.name + SUFFIX)
+        target.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        return target
+
+
+def _state(state: ConstraintState) -> dict[str, Any]:
+    return {
+        "constraint": str(state.constraint),
+        "unit": state.constraint.model.unit,
+        "value": state.value,
+        "limit": state.limit,
+        "share": state.relative,
+        "satisfied": state.satisfied,
+    }
+
+
+def manifest_of(result: Result) -> Manifest:
+    """What a file says about itself, so that its bits can be read."""
+    layouts = {}
+    for name, quantizer in result.model.get_submodule(QUANTIZERS).named_children():
+        if isinstance(quantizer, Quantizer):
+            spec = quantizer.spec
+            layouts[name] = Layout(spec.bit_widths, spec.gate_shape, spec.power_of_two)
+    return Manifest(result.inputs.batch or 1, str(result.budget), layouts)
+
+
+def verify_file(
+    path: str | Path,
+    budget: BudgetLike | None = None,
+    *,
+    target: Target | None = None,
+) -> Certificate:
+    """Count what an exported file costs, from the file alone, and compare it with a budget.
+
+    It needs neither the model's source nor the training code, and executes nothing from the file.
+
+    Args:
+        path: The file; where its certificate lies beside it, the file must be the one certified.
+        budget: The bounds; by default those that the file states itself.
+        target: The chip for latency and energy.
+
+    Raises:
+        ArtifactError: If the file cannot be read, is not one that this library wrote, or is not the
+            one of its certificate.
+        BudgetError: If the budget cannot be read.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    try:
+        exporter = find_exporter(path, None)
+    except ExportError as error:
+        raise ArtifactError(str(error)) from error
+    digest = hashlib.sha256(content).hexdigest()
+    _check_hash(path, digest)
+    read = exporter.read(path)
+    parsed = parse_budget(budget if budget is not None else read.budget, target)
+    states, unknown = read.count(parsed)
+    return Certificate(path.name, exporter.name, digest, len(content), states, unknown, True)
+
+
+def certify(
+    exporter: Exporter, result: Result, path: Path, agreement: Agreement | None
+) -> Certificate:
+    """The certificate of a file that was just written.
+
+    Constraints that only the graph can tell (those on a part of the model, and all of them where
+    the format cannot be read back) are counted from the graph.
+
+    Raises:
+        BoundError: If the file costs more than the budget allows.
+    """
+    content = path.read_bytes()
+    states, unknown, from_file = result.cost.states, result.cost.facts.unknown, False
+    if exporter.readable:
+        read = exporter.read(path)
+        whole = [c for c in result.budget if c.scope is None]
+        if whole:
+            counted, unknown = read.count(Budget(tuple(whole)))
+            known = {str(state.constraint): state for state in counted}
+            states = tuple(known.get(str(s.constraint), s) for s in states)
+            from_file = len(whole) == len(result.budget)
+    certificate = Certificate(
+        path.name,
+        exporter.name,
+        hashlib.sha256(content).hexdigest(),
+        len(content),
+        states,
+        tuple(unknown),
+        from_file,
+        agreement,
+    )
+    if not certificate.satisfied:
+        broken = ", ".join(str(state) for state in states if not state.satisfied)
+        raise BoundError(f"the file costs more than its budget allows: {broken}; it was removed")
+    return certificate
+
+
+def _check_hash(path: Path, digest: str) -> None:
+    beside = path.with_name(path.name + SUFFIX)
+    if not beside.is_file():
+        return
+    try:
+        stated = json.loads(beside.read_text())["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{beside} is no certificate: {error}") from error
+    if stated != digest:
+        raise ArtifactError(
+            f"{path} is not the file that {beside.name} is about: its hash is another one"
+        )

@@ -1,0 +1,113 @@
+"""ONNX ops as the ATen ops that count them: what moves, joins or overwrites values costs alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_ATEN = torch.ops.aten
+
+COMPUTE: dict[str, dict[int, Any]] = {
+    "Conv": {n: getattr(_ATEN, f"conv{n}d").default for n in (1, 2, 3)},
+    "ConvTranspose": {
+        1: _ATEN.conv_transpose1d.default,
+        2: _ATEN.conv_transpose2d.input,
+        3: _ATEN.conv_transpose3d.input,
+    },
+    "Gemm": {},
+    "MatMul": {},
+}
+"""Ops that multiply and accumulate, by the number of spatial dimensions where they have any."""
+
+OPS: dict[str, tuple[Any, int | None]] = {
+    **{name: (None, None) for name in COMPUTE},
+    **{name: (None, 1) for name in ("QuantizeLinear", "DequantizeLinear")},
+    # views: the first input in another shape
+    "Flatten": (_ATEN.reshape.default, 1),
+    "Reshape": (_ATEN.reshape.default, 1),
+    "Squeeze": (_ATEN.reshape.default, 1),
+    "Unsqueeze": (_ATEN.reshape.default, 1),
+    "Identity": (_ATEN.alias.default, 1),
+    "Transpose": (_ATEN.permute.default, 1),
+    "Expand": (_ATEN.expand.default, 1),
+    # values that are picked from the first input
+    "MaxPool": (_ATEN.max_pool2d.default, 1),
+    "GlobalMaxPool": (_ATEN.adaptive_max_pool2d.default, 1),
+    "ReduceMax": (_ATEN.amax.default, 1),
+    "Slice": (_ATEN.slice.Tensor, 1),
+    "Pad": (_ATEN.pad.default, 1),
+    "Resize": (_ATEN.upsample_nearest2d.vec, 1),
+    "Tile": (_ATEN.repeat.default, 1),
+    "Gather": (_ATEN.index_select.default, 2),
+    "Split": (_ATEN.split.Tensor, 1),
+    "DepthToSpace": (_ATEN.pixel_shuffle.default, 1),
+    "SpaceToDepth": (_ATEN.pixel_unshuffle.default, 1),
+    # averages, joins, and element by element
+    "AveragePool": (_ATEN.avg_pool2d.default, 1),
+    "GlobalAveragePool": (_ATEN.adaptive_avg_pool2d.default, 1),
+    "ReduceMean": (_ATEN.mean.dim, 1),
+    "ReduceSum": (_ATEN.sum.dim_IntList, 1),
+    "Concat": (_ATEN.cat.default, None),
+    **{
+        name: (target, None)
+        for name, target in {
+            "Add": _ATEN.add.Tensor,
+            "Sub": _ATEN.sub.Tensor,
+            "Mul": _ATEN.mul.Tensor,
+            "Div": _ATEN.div.Tensor,
+            "Pow": _ATEN.pow.Tensor_Tensor,
+            "Max": _ATEN.maximum.default,
+            "Min": _ATEN.minimum.default,
+            "Where": _ATEN.where.self,
+            "And": _ATEN.logical_and.default,
+            "Or": _ATEN.logical_or.default,
+            "Not": _ATEN.logical_not.default,
+            "Equal": _ATEN.eq.Tensor,
+            "Greater": _ATEN.gt.Tensor,
+            "GreaterOrEqual": _ATEN.ge.Tensor,
+            "Less": _ATEN.lt.Tensor,
+            "LessOrEqual": _ATEN.le.Tensor,
+            "LayerNormalization": _ATEN.layer_norm.default,
+            "BatchNormalization": _ATEN.batch_norm.default,
+            "GroupNormalization": _ATEN.group_norm.default,
+            "InstanceNormalization": _ATEN.instance_norm.default,
+            "RMSNormalization": _ATEN.rms_norm.default,
+            "PRelu": _ATEN.prelu.default,
+        }.items()
+    },
+    **{
+        name: (target, 1)
+        for name, target in {
+            "Relu": _ATEN.relu.default,
+            "Clip": _ATEN.clamp.default,
+            "LeakyRelu": _ATEN.leaky_relu.default,
+            "Elu": _ATEN.elu.default,
+            "Selu": _ATEN.selu.default,
+            "Celu": _ATEN.celu.default,
+            "Gelu": _ATEN.gelu.default,
+            "Sigmoid": _ATEN.sigmoid.default,
+            "HardSigmoid": _ATEN.hardsigmoid.default,
+            "HardSwish": _ATEN.hardswish.default,
+            "Mish": _ATEN.mish.default,
+            "Softplus": _ATEN.softplus.default,
+            "Softmax": _ATEN.softmax.int,
+            "LogSoftmax": _ATEN.log_softmax.int,
+            "Tanh": _ATEN.tanh.default,
+            "Abs": _ATEN.abs.default,
+            "Neg": _ATEN.neg.default,
+            "Exp": _ATEN.exp.default,
+            "Log": _ATEN.log.default,
+            "Sqrt": _ATEN.sqrt.default,
+            "Reciprocal": _ATEN.reciprocal.default,
+            "Erf": _ATEN.erf.default,
+            "Floor": _ATEN.floor.default,
+            "Ceil": _ATEN.ceil.default,
+            "Round": _ATEN.round.default,
+            "IsNaN": _ATEN.isnan.default,
+            "Cast": (_ATEN._to_copy.default),
+            "Trilu": _ATEN.tril.default,
+        }.items()
+    },
+}
+"""Op -> the ATen op, and how many of its inputs are data (None for all); the rest say how."""

@@ -1,0 +1,324 @@
+"""What an ONNX file costs, read from the file alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from cgmq_fx.cost_models.errors import ArtifactError
+from cgmq_fx.exporters.cost_graph import Array, CostGraph, Counted, Manifest, Shape
+from cgmq_fx.exporters.onnx_ops import COMPUTE, OPS
+
+MANIFEST = "cgmq_fx"
+_MOST_BYTES = 1 << 31
+_LIMITS: dict[str, tuple[int, ...]] = {"Max": (0,), "Min": (1,), "Clip": (0, 1)}
+"""Which ends of the values an op limits: lower, upper."""
+
+
+def read_onnx(path: Path) -> Counted:
+    """Read a file; nothing in it is executed, and no other file is opened.
+
+    Raises:
+        ArtifactError: If it is not a file that this library exported, is damaged, or holds
+            something that cannot be counted.
+    """
+    import onnx
+
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ArtifactError(f"{path} is too large for an ONNX file")
+        model = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"{path} is not an ONNX file, or is damaged: {error}") from error
+    try:
+        manifest = _manifest(model, path)
+        reader = _Reader(_with_shapes(model, manifest.batch), manifest)
+        outputs = reader.read()
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    return Counted(reader.graph, tuple(outputs), manifest)
+
+
+def _manifest(model: Any, path: Path) -> Manifest:
+    texts = [p.value for p in model.metadata_props if p.key == MANIFEST]
+    if len(texts) != 1:
+        raise ArtifactError(f"{path} is an ONNX file, but not one that cgmq_fx exported")
+    try:
+        data = json.loads(texts[0])
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"the manifest of {path} is no JSON: {error}") from error
+    return Manifest.from_json(data, str(path))
+
+
+def _with_shapes(model: Any, batch: int) -> Any:
+    """The model with every shape worked out anew from the shapes of its inputs."""
+    import onnx
+
+    if model.functions or any(o.domain not in ("", "ai.onnx") for o in model.opset_import):
+        raise ArtifactError("the file holds functions or ops of other domains")
+    if any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer):
+        raise ArtifactError("the file keeps tensors in another file")
+    del model.graph.value_info[:]
+    for put in model.graph.input:
+        for size in put.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.dim_value = batch  # the batch is the only size that is free
+    for given in model.graph.output:
+        given.type.tensor_type.ClearField("shape")
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+
+
+class _Reader:
+    """Walks through the nodes of one model."""
+
+    def __init__(self, model: Any, manifest: Manifest) -> None:
+        import onnx
+
+        self.graph = CostGraph()
+        self._manifest = manifest
+        self._model = model
+        self._kinds = onnx.TensorProto
+        self._constants = {t.name: t for t in model.graph.initializer}
+        self._nodes: dict[str, Node] = {}
+        self._makers = {out: node for node in model.graph.node for out in node.output}
+        self._readers = Counter(name for node in model.graph.node for name in node.input)
+        values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
+        self._types = {value.name: value.type.tensor_type for value in values}
+        for node in model.graph.node:
+            if node.op_type == "Constant":
+                self._constants[node.output[0]] = node.attribute[0].t
+            if any(a.g.node or a.graphs for a in node.attribute):
+                raise ArtifactError(f"{node.name} holds a graph of its own")
+
+    def read(self) -> list[Node]:
+        """Build the graph."""
+        for put in self._model.graph.input:
+            self._nodes[put.name] = self.graph.input(*self._described(put.name))
+        needed = self._needed()
+        for node in self._model.graph.node:
+            if node.output[0] in needed and node.op_type not in ("QuantizeLinear", "Constant"):
+                self._read(node)
+        return [self._value(out.name) for out in self._model.graph.output]
+
+    def _needed(self) -> set[str]:
+        """The values that data flows through: not those that only sizes are computed from."""
+        stack = [out.name for out in self._model.graph.output]
+        needed: set[str] = set()
+        while stack:
+            name = stack.pop()
+            if name not in needed:
+                needed.add(name)
+                stack += self._data_inputs(self._makers[name]) if name in self._makers else []
+        return needed
+
+    def _data_inputs(self, node: Any) -> list[str]:
+        _, count = OPS.get(node.op_type, (None, None))
+        return [name for name in list(node.input)[:count] if name]
+
+    def _read(self, node: Any) -> None:
+        name = node.output[0]
+        if node.op_type == "DequantizeLinear":
+            self._nodes[name] = self._dequantized(node)
+        elif self._is_clip_of_codes(node):
+            return
+        elif node.op_type in COMPUTE:
+            self._nodes[name] = self._product(node)
+        else:
+            self._nodes[name] = self._other(node)
+
+    def _other(self, node: Any) -> Node:
+        target, _ = OPS.get(node.op_type, (None, None))
+        if target is None:
+            self.graph.unknown.append(f"{node.name} ({node.op_type})")
+            target = torch.ops.aten.clone.default
+        given = [self._value(name) for name in self._data_inputs(node)]
+        layer = self._layer_without_bias(node, given)
+        if layer is not None:
+            return layer
+        if node.op_type == "Gather" and given[0].op != "call_function":
+            target = torch.ops.aten.embedding.default
+        if node.op_type == "Concat":
+            given = [given]  # type: ignore[list-item]
+        if node.op_type == "Transpose":
+            given.append(list(_attributes(node)["perm"]))  # type: ignore[arg-type]
+        for extra in list(node.output)[1:]:
+            if extra and extra in self._types:
+                raise ArtifactError(f"{node.name} ({node.op_type}) has several outputs")
+        return self.graph.call(target, tuple(given), *self._described(node.output[0]))
+
+    def _product(self, node: Any) -> Node:
+        """A node that multiplies and accumulates."""
+        inputs, options = list(node.input), _attributes(node)
+        aten = torch.ops.aten
+        shape, dtype = self._described(node.output[0])
+        given = [self._value(name) for name in inputs if name]
+        if node.op_type == "MatMul":
+            turned = self._turned(inputs[1])
+            if turned is not None:
+                return self.graph.call(aten.linear.default, (given[0], turned), shape, dtype)
+            return self.graph.call(aten.matmul.default, tuple(given), shape, dtype)
+        if node.op_type == "Gemm":
+            if options.get("transA", 0) or not options.get("transB", 0):
+                raise ArtifactError(f"{node.name} multiplies in an order that is not known")
+            return self.graph.call(aten.linear.default, tuple(given), shape, dtype)
+        target = COMPUTE[node.op_type][len(shape) - 2]
+        groups = int(options.get("group", 1))
+        return self.graph.call(target, tuple(given), shape, dtype, groups=groups)
+
+    def _layer_without_bias(self, node: Any, given: list[Node]) -> Node | None:
+        """The linear layer whose bias a node adds, with that bias."""
+        if node.op_type != "Add" or len(given) != 2:
+            return None
+        layer, bias = sorted(given, key=lambda factor: factor.op == "get_attr")
+        if (
+            layer.target is not torch.ops.aten.linear.default
+            or len(layer.args) != 2
+            or self._readers[node.input[given.index(layer)]] != 1
+            or bias.op != "get_attr"
+            or tuple(bias.meta["val"].shape) != tuple(layer.meta["val"].shape[-1:])
+        ):
+            return None
+        moved = self.graph.call(
+            layer.target, (*layer.args, bias), tuple(layer.meta["val"].shape), torch.float32
+        )
+        layer.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not moved)
+        return moved
+
+    def _turned(self, name: str) -> Node | None:
+        """The weight of a linear layer that is written as a product with the transposed weight."""
+        maker = self._makers.get(name)
+        if maker is None or maker.op_type != "Transpose":
+            return None
+        source = self._nodes.get(maker.input[0])
+        swapped = list(_attributes(maker)["perm"]) == [1, 0]
+        return source if swapped and source is not None and source.op == "call_module" else None
+
+    def _dequantized(self, node: Any) -> Node:
+        codes, scale = node.input[0], node.input[1]
+        step = self._constant(scale)
+        if step is None:
+            raise ArtifactError(f"the step of {node.name} is not in the file")
+        axis = int(_attributes(node).get("axis", 1))
+        if codes not in self._constants:
+            return self._activation(codes, step, axis, scale)
+        values = self._array(self._constants[codes])
+        if values.dtype == np.int32:
+            return self.graph.state(values.shape, torch.int32)
+        layout = self._manifest.layout(codes)
+        return self.graph.weight(values, _along(step.shape, values.ndim, axis), layout)
+
+    def _activation(self, codes: str, step: Array, axis: int, scale: str) -> Node:
+        """From codes back to what was rounded: QuantizeLinear, perhaps a Clip."""
+        maker, limits = self._makers[codes], []
+        if self._is_clip_of_codes(maker):
+            limits = [self._constant(name) for name in list(maker.input)[1:3]]
+            maker = self._makers[maker.input[0]]
+        if maker.op_type != "QuantizeLinear":
+            raise ArtifactError(f"{maker.name} ({maker.op_type}) makes codes")
+        zero = self._constant(maker.input[2]) if len(maker.input) > 2 else None
+        own = self._constant(maker.input[1])
+        if zero is None or own is None or not np.array_equal(own, step):
+            raise ArtifactError(f"{maker.name} rounds to another grid than its codes are read on")
+        whole = np.iinfo(zero.dtype)
+        low, high = np.array(whole.min), np.array(whole.max)
+        if limits:
+            low, high = (np.asarray(v) for v in limits)
+        source, ends = self._clipped(maker.input[0], step, axis)
+        shape = tuple(source.meta["val"].shape)
+        along = _along(step.shape, len(shape), axis)
+        low = np.maximum(low.astype(np.int64) - zero.astype(np.int64).min(), ends[0])
+        high = np.minimum(high.astype(np.int64) - zero.astype(np.int64).min(), ends[1])
+        if step.size > 1:
+            low, high = (
+                np.broadcast_to(v.reshape(-1), step.shape).reshape(along) for v in (low, high)
+            )
+        layout = self._manifest.layout(scale)
+        return self.graph.activation(source, low, high, step.reshape(along), layout)
+
+    def _clipped(self, name: str, step: Array, axis: int) -> tuple[Node, tuple[Array, Array]]:
+        """What is rounded, and the limits of its codes that come from a clip of its values."""
+        ends = [np.array(-(1 << 40)), np.array(1 << 40)]
+        for _ in range(2):
+            maker = self._makers.get(name)
+            places = () if maker is None else _LIMITS.get(maker.op_type, ())
+            limits = [self._constant(other) for other in list(maker.input)[1:]] if maker else []
+            if maker is None or len(places) != len(limits) or any(v is None for v in limits):
+                break
+            for place, limit in zip(places, limits, strict=True):
+                ends[place] = np.rint(limit.reshape(step.shape) / step).astype(np.int64)  # type: ignore[union-attr]
+            name = maker.input[0] if places else name
+        return self._value(name), (ends[0], ends[1])
+
+    def _is_clip_of_codes(self, node: Any) -> bool:
+        maker = self._makers.get(node.input[0]) if node.op_type == "Clip" else None
+        return maker is not None and maker.op_type == "QuantizeLinear"
+
+    def _value(self, name: str) -> Node:
+        """A value that is read as data."""
+        if name not in self._nodes:
+            if name not in self._constants:
+                raise ArtifactError(f"{name} is read before it is made")
+            values = self._array(self._constants[name])
+            kind = torch.from_numpy(np.zeros(1, values.dtype)).dtype
+            node = self.graph.state(values.shape, kind) if values.ndim else None
+            self._nodes[name] = node or self.graph.call(torch.ops.aten.full.default, ([], 0.0), ())
+        return self._nodes[name]
+
+    def _constant(self, name: str) -> Array | None:
+        """A value that can be told without running anything: constants, and products of them."""
+        if name in self._constants:
+            return self._array(self._constants[name])
+        maker = self._makers.get(name)
+        if maker is None or maker.op_type not in ("Mul", "Reshape"):
+            return None
+        first, second = (self._constant(n) for n in maker.input)
+        if first is None or second is None:
+            return None
+        return first * second if maker.op_type == "Mul" else first.reshape(second.tolist())
+
+    def _array(self, tensor: Any) -> Array:
+        from onnx import numpy_helper
+
+        values: Array = numpy_helper.to_array(tensor)
+        return values if values.dtype.kind in "iufb" else values.astype(np.int8)
+
+    def _described(self, name: str) -> tuple[Shape, torch.dtype]:
+        """Shape and dtype of a value."""
+        kind = self._types.get(name)
+        if kind is None or not kind.HasField("shape"):
+            raise ArtifactError(f"the shape of {name} cannot be told")
+        if any(not size.HasField("dim_value") for size in kind.shape.dim):
+            raise ArtifactError(f"the shape of {name} cannot be told")
+        shape = tuple(int(size.dim_value) for size in kind.shape.dim)
+        element = kind.elem_type
+        if element in (self._kinds.INT64, self._kinds.INT32, self._kinds.BOOL):
+            dtype = {self._kinds.INT64: torch.int64, self._kinds.INT32: torch.int32}
+            return shape, dtype.get(element, torch.bool)
+        return shape, torch.float32
+
+
+def _attributes(node: Any) -> dict[str, Any]:
+    from onnx import helper
+
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+def _along(steps: Sequence[int], rank: int, axis: int) -> Shape:
+    """The shape of steps along an axis of a tensor."""
+    count = int(np.prod(steps))
+    if count == 1:
+        return ()
+    return tuple(count if i == axis % rank else 1 for i in range(rank))
