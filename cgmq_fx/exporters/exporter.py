@@ -20,7 +20,15 @@ from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.lower import lower
 from cgmq_fx.result import Result
 
-_BUILT_IN = ("onnx_file", "onnx_compact", "pt2_file", "own_file", "qonnx_file", "executorch_file", "litert_file")
+_BUILT_IN = (
+    "onnx_file",
+    "onnx_compact",
+    "pt2_file",
+    "own_file",
+    "qonnx_file",
+    "executorch_file",
+    "litert_file",
+)
 """Modules of this package that register formats."""
 
 
