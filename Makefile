@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint typecheck wheel
+.PHONY: demo test lint typecheck wheel docs
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -20,6 +20,9 @@ lint: $(VENV)/dev.stamp
 typecheck: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
+docs: $(VENV)/docs.stamp
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+
 wheel: $(VENV)/dev.stamp
 	$(BIN)/python -m build --wheel
 
@@ -33,3 +36,7 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[plot,onnx,qonnx,bench,test,dev]"
 	touch $(VENV)/demo.stamp $@
+
+$(VENV)/docs.stamp: $(VENV)/dev.stamp
+	$(INSTALL) -e ".[docs]"
+	touch $@
