@@ -29,9 +29,11 @@ from cgmq_fx.cost_models import (
 )
 from cgmq_fx.cost_models.errors import OptionError
 from cgmq_fx.directions import Direction, GateView, speeds
-from cgmq_fx.gates import GateLayout, Levels, level_of
+from cgmq_fx.gates import GateLayout, Levels, compared, level_of
+from cgmq_fx.marginals import Marginals
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.projection import Projection
+from cgmq_fx.readout import Readout
 
 SLOWEST = 0.25
 """Speed of the slowest falling gate as a share of the fastest possible."""
@@ -43,9 +45,6 @@ _MEMORY = 0.05
 """Share of the search over which sensitivities are smoothed."""
 
 _TINY = 1e-30
-
-_REFRESH = 0.005
-"""Share of the search after which marginal costs are computed again, if bits have changed."""
 
 
 class Controller:
@@ -90,11 +89,11 @@ class Controller:
         self._sensitivity = self._prior()
         self.taken = 0
         self._best: Levels | None = None
-        self._marginals: tuple[Tensor, Tensor] | None = None
-        self._marginals_key: tuple[int, tuple[int, ...]] = (-1, ())
-        self._moved = 0
         self.frozen = False
         self.ledger = Ledger(facts, budget, self.layout.assignment(self._levels.numpy()))
+        self._marginals = Marginals(self.layout, self.ledger, steps)
+        self._readout = Readout(self._quantizers, direction.statistic)
+        self._slopes = self.layout.slopes(self._levels)
         self._ceiling = self._reachable()
         self._write(list(range(len(self._quantizers))))
 
@@ -140,15 +139,12 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes while gates move: tensors, numbers and None, by name."""
-        marginals = None if self._marginals is None else [m.clone() for m in self._marginals]
         return {
             "gates": self.gates.clone(),
             "levels": self._levels.clone(),
             "sensitivity": self._sensitivity.clone(),
             "best": None if self._best is None else torch.from_numpy(self._best.copy()),
-            "marginals": marginals,
-            "marginals_key": self._marginals_key,
-            "moved": self._moved,
+            "marginals": self._marginals.state_dict(),
             "taken": self.taken,
             "frozen": self.frozen,
         }
@@ -164,18 +160,15 @@ class Controller:
         levels, gates, sensitivity = state["levels"], state["gates"], state["sensitivity"]
         best = state["best"]
         flat = [levels, gates, sensitivity, *([] if best is None else [best])]
-        if any(t.shape != self.gates.shape for t in [*flat, *(state["marginals"] or [])]):
+        if any(t.shape != self.gates.shape for t in flat):
             raise ValueError("the gates in the state are not those of this graph")
         if bool(((levels < 0) | (levels >= self.layout.count)).any()):
             raise ValueError("the state has levels that no gate can take")
         self._settle(levels)
         self.gates, self._sensitivity = gates.clone(), sensitivity.clone()
         self._best = None if best is None else best.numpy().copy()
-        pair = state["marginals"]
-        self._marginals = None if pair is None else (pair[0].clone(), pair[1].clone())
-        moved, violated = state["marginals_key"]
-        self._marginals_key = (int(moved), tuple(violated))
-        self._moved, self.taken = int(state["moved"]), int(state["taken"])
+        self._marginals.load_state_dict(state["marginals"])
+        self.taken = int(state["taken"])
         if state["frozen"] is True:
             self._end()
 
@@ -183,7 +176,7 @@ class Controller:
         """Move the gates by what the last backward pass reported; after the search, freeze."""
         if self.frozen:
             return
-        view = self._view(self._rows())
+        view = self._view(self._readout.take())
         self._smooth(self.direction.sensitivity(view))
         view = self._view(view.rows)
         self.gates = self._bounded(self.gates - self._pace * self._speed(view))
@@ -239,37 +232,18 @@ class Controller:
                 ceiling[part] = level + 1
         return torch.where(ceiling == self.layout.count, ceiling + 0.5, ceiling)
 
-    def _rows(self) -> Tensor:
-        """This step's statistic of all gates, shape (rows, gates); taken out of the probes."""
-        rows = self.direction.statistic.rows
-        parts = []
-        for quantizer in self._quantizers:
-            probe = quantizer.probe
-            grad = None if probe is None else probe.grad
-            parts.append(
-                torch.zeros(rows, quantizer.bits.numel())
-                if grad is None
-                else grad.reshape(rows, -1).to("cpu", torch.float32)
-            )
-            if probe is not None:
-                probe.grad = None
-        return torch.nan_to_num(torch.cat(parts, 1), posinf=3e38)
-
     def _view(self, rows: Tensor) -> GateView:
-        layout, levels = self.layout, self._levels
-        here = layout.noise_at(levels)
-        below, above = layout.noise_at(levels - 1), layout.noise_at(levels + 1)
-        change = torch.where(levels > 0, below - here, here - above)
-        down, up = self._marginal_costs()
+        down, up = self._marginals.at(self._levels.numpy(), self.taken)
+        slopes = self._slopes
         return GateView(
             rows=rows,
             sensitivity=self._sensitivity,
-            loss_down=self._sensitivity * (below - here).clamp(min=0),
-            loss_up=self._sensitivity * (here - above).clamp(min=0),
+            loss_down=self._sensitivity * slopes.down,
+            loss_up=self._sensitivity * slopes.up,
             cost_down=down,
             cost_up=up,
-            change=change.clamp(min=0),
-            elements=layout.elements,
+            change=slopes.change,
+            elements=self.layout.elements,
         )
 
     def _smooth(self, estimate: Tensor) -> None:
@@ -296,12 +270,10 @@ class Controller:
             return
         changed = self.layout.owner[levels != self._levels].unique().tolist()
         self._levels = levels
-        self._moved += 1
+        self._slopes = self.layout.slopes(levels)
         array = levels.numpy()
-        for index in changed:
-            start, end = self.layout.starts[index : index + 2]
-            name = self.layout.quantizers[index].name
-            self.ledger.move(name, self.layout.bits_of(index, array[start:end]))
+        self.ledger.update(self.layout.assignment(array, changed))
+        self._marginals.moved(changed)
         self._write(changed)
         if self.ledger.satisfied and self._better(levels):
             self._best = array.copy()
@@ -315,62 +287,30 @@ class Controller:
     @torch.no_grad()
     def _write(self, changed: list[int]) -> None:
         """Give quantizers their bits and move their ranges along the calibrated tables."""
+        array = self._levels.numpy()
         for index in changed:
             quantizer, facts = self._quantizers[index], self.layout.quantizers[index]
-            start, end = self.layout.starts[index : index + 2]
-            levels = self._levels[start:end]
-            widths = self.layout.widths[index]
-            neighbour = torch.where(
-                levels > 0, levels - 1, (levels + 1).clamp(max=len(facts.bit_widths) - 1)
-            )
-            shape = quantizer.bits.shape
-            quantizer.bits.copy_(widths[levels].reshape(shape))
-            if quantizer.adjacent is not None:
-                quantizer.adjacent.copy_(widths[neighbour].reshape(shape))
-            offset = self._offset(index, levels.reshape(shape).to(quantizer.log_range.device))
+            levels = array[slice(*self.layout.starts[index : index + 2])]
+            others = compared(levels, len(facts.bit_widths))
+            for tensor, at in ((quantizer.bits, levels), (quantizer.adjacent, others)):
+                if tensor is not None and facts.gates == 1:
+                    tensor.fill_(facts.bit_widths[at.item()])
+                elif tensor is not None:
+                    widths = torch.from_numpy(self.layout.bits_of(index, at))
+                    tensor.copy_(widths.reshape(tensor.shape))
+            offset = self._offset(index, torch.from_numpy(levels).reshape(quantizer.bits.shape))
             quantizer.log_range.add_(offset - self._offsets[index])
             self._offsets[index] = offset
 
     def _offset(self, index: int, levels: Tensor) -> Tensor:
         """The calibrated log-range at `levels`, averaged over the gates that share a range."""
         table = self._tables[index].log_ranges
+        if levels.numel() == 1:
+            return table[int(levels)]
+        levels = levels.to(table.device)
         total = torch.zeros_like(table[0])
         for level in range(table.shape[0]):
             at = (levels == level).to(table.dtype)
-            if at.numel() == 1:
-                at = at.reshape(())
-            else:
-                at = at.sum_to_size(table[0].shape) * (table[0].numel() / at.numel())
+            at = at.sum_to_size(table[0].shape) * (table[0].numel() / at.numel())
             total = total + at * table[level]
         return total
-
-    def _marginal_costs(self) -> tuple[Tensor, Tensor]:
-        """Per gate, what one level less frees and one more takes, as shares of the bounds."""
-        key = (self._moved, self.ledger.violated)
-        wait = max(1, int(_REFRESH * self.steps))
-        stale = key != self._marginals_key and self.taken % wait == 0
-        if self._marginals is None or stale or key[1] != self._marginals_key[1]:
-            self._marginals = self._compute_marginals()
-            self._marginals_key = key
-        return self._marginals
-
-    def _compute_marginals(self) -> tuple[Tensor, Tensor]:
-        ledger, array = self.ledger, self._levels.numpy()
-        limits, totals = np.array(ledger.limits), np.array(ledger.totals)
-        limits[limits == 0] = 1.0  # a share of a cost that is always 0
-        counted = np.isin(np.arange(limits.size), ledger.violated) if ledger.violated else None
-        down, up = torch.zeros_like(self.gates), torch.zeros_like(self.gates)
-        for index, facts, part in self.layout:
-            levels = array[part]
-            for level in np.unique(levels):
-                at = torch.from_numpy(levels == level)
-                one = int(np.argmax(levels == level))
-                for step, out, mask in ((-1, down, counted), (1, up, None)):
-                    if not 0 <= level + step < len(facts.bit_widths):
-                        continue
-                    moved = levels.copy()
-                    moved[one] += step
-                    trial = np.array(ledger.trial(facts.name, self.layout.bits_of(index, moved)))
-                    share = np.abs(trial - totals) / limits
-                    out[part][at] = float(share.sum() if mask is None else share[mask].sum())
-        return down, up

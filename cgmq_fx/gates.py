@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,21 @@ from cgmq_fx.cost_models.facts import QuantizerFacts
 
 Levels = npt.NDArray[np.int64]
 """Per gate, the index of its bit-width: 0 is the smallest that its quantizer allows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slopes:
+    """Differences of squared steps, one entry per gate.
+
+    Attributes:
+        down: From the current level to the next lower one; 0 at the lowest.
+        up: From the next higher level to the current one; 0 at the highest.
+        change: Towards the level that `Statistic.CHANGE` compares with.
+    """
+
+    down: Tensor
+    up: Tensor
+    change: Tensor
 
 
 @dataclass(frozen=True)
@@ -72,9 +87,28 @@ class GateLayout:
         """The bits of quantizer number `index` at `levels` (one entry per gate)."""
         return self.widths[index].numpy()[levels]
 
-    def assignment(self, levels: Levels) -> dict[str, BitArray]:
-        """The bits of every quantizer at `levels` (one entry per gate, all quantizers)."""
-        return {q.name: self.bits_of(i, levels[part]) for i, q, part in self}
+    def assignment(
+        self, levels: Levels, indices: Iterable[int] | None = None
+    ) -> dict[str, BitArray]:
+        """The bits of the quantizers at `levels` (one entry per gate, all quantizers).
+
+        Args:
+            levels: The levels of all gates.
+            indices: The quantizers that are asked for, all by default.
+        """
+        chosen = range(len(self.quantizers)) if indices is None else indices
+        return {
+            self.quantizers[i].name: self.bits_of(i, levels[self.starts[i] : self.starts[i + 1]])
+            for i in chosen
+        }
+
+    def slopes(self, levels: Tensor) -> Slopes:
+        """How squared steps change from `levels` to their neighbours."""
+        here = self.noise_at(levels)
+        below, above = self.noise_at(levels - 1), self.noise_at(levels + 1)
+        change = torch.where(levels > 0, below - here, here - above)
+        down, up = (below - here).clamp(min=0), (here - above).clamp(min=0)
+        return Slopes(down, up, change.clamp(min=0))
 
     def noise_at(self, levels: Tensor) -> Tensor:
         """Squared step of each gate at `levels`, which may lie one beyond either end."""
@@ -99,3 +133,8 @@ def level_of(gates: Tensor, count: Tensor) -> Tensor:
         count: Shape (gates,): number of levels of each.
     """
     return torch.minimum((gates.ceil().long() - 1).clamp(min=0), count - 1)
+
+
+def compared(levels: Levels, count: int) -> Levels:
+    """The level that `Statistic.CHANGE` compares each of `levels` with: one less, at 0 one more."""
+    return np.where(levels > 0, levels - 1, np.minimum(levels + 1, count - 1))

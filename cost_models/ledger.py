@@ -96,37 +96,65 @@ class Ledger:
 
     def trial(self, name: str, bits: BitArray) -> tuple[float, ...]:
         """What the totals would be if quantizer `name` had `bits`; nothing is changed."""
-        changed = self._changed(name, bits)
-        return self._after(changed, self._tensors_after(name, bits))[1]
+        changes = {name: bits}
+        return self._after(self._changed(changes), self._tensors_after(changes))[1]
+
+    def change(self, name: str, bits: BitArray) -> tuple[float, ...]:
+        """By how much the totals would change if quantizer `name` had `bits`.
+
+        The same as `trial` less the totals, but for a sum over nodes without adding up all of them.
+        """
+        changed = self._changed({name: bits})
+        found, state = [], None
+        for c, constraint in enumerate(self.budget):
+            if constraint.model.additive:
+                before = fsum(self._costs[c][i] for i in changed)
+                found.append(fsum(self._per_node(c, changed, changed)) - before)
+                continue
+            if state is None:
+                state = self._state(changed, self._tensors_after({name: bits}))
+            found.append(constraint.model.graph_cost(self.graph, state) - self._totals[c])
+        return tuple(found)
 
     def move(self, name: str, bits: BitArray) -> None:
         """Give quantizer `name` new bits (one entry per gate)."""
-        changed = self._changed(name, bits)
-        self._tensors = self._tensors_after(name, bits)
+        self.update({name: bits})
+
+    def update(self, changes: Assignment) -> None:
+        """Give several quantizers new bits (one entry per gate)."""
+        changed = self._changed(changes)
+        self._tensors = self._tensors_after(changes)
         self._costs, self._totals = self._after(changed, self._tensors)
-        self._bits[name] = bits
+        self._bits.update(changes)
         for index, node in changed.items():
             self._nodes[index] = node
+
+    @property
+    def additive(self) -> bool:
+        """Whether every cost is a sum over nodes."""
+        return all(c.model.additive for c in self.budget)
 
     @property
     def _range(self) -> range:
         return range(len(self.budget))
 
-    def _changed(self, name: str, bits: BitArray) -> dict[int, NodeBits]:
-        """The bits of the nodes that read a quantizer, if it had `bits`."""
-        before, self._bits[name] = self._bits[name], bits
+    def _changed(self, changes: Assignment) -> dict[int, NodeBits]:
+        """The bits of the nodes that read some quantizers, if they had the bits of `changes`."""
+        before = {name: self._bits[name] for name in changes}
+        self._bits.update(changes)
         try:
-            return {i: node_bits(self.graph.nodes[i], self._bits) for i in self.graph.readers[name]}
+            indices = dict.fromkeys(i for name in changes for i in self.graph.readers[name])
+            return {i: node_bits(self.graph.nodes[i], self._bits) for i in indices}
         finally:
-            self._bits[name] = before
+            self._bits.update(before)
 
-    def _tensors_after(self, name: str, bits: BitArray) -> BitArray:
-        holders = self.graph.holders[name]
+    def _tensors_after(self, changes: Assignment) -> BitArray:
+        holders = [i for name in changes for i in self.graph.holders[name]]
         if not holders:
             return self._tensors
         tensors = self._tensors.copy()
         for index in holders:
-            tensors[index] = tensor_bits(self.graph.tensors[index], {name: bits})
+            tensors[index] = tensor_bits(self.graph.tensors[index], changes)
         return tensors
 
     def _after(
@@ -140,13 +168,16 @@ class Ledger:
             for index, cost in zip(changed, new, strict=True):
                 row[index] = cost
             if state is None and not constraint.model.additive:
-                nodes = self._nodes.copy()
-                for index, node in changed.items():
-                    nodes[index] = node
-                state = GraphBits(nodes, tensors)
+                state = self._state(changed, tensors)
             costs.append(row)
             totals.append(self._total(c, row, state))
         return costs, tuple(totals)
+
+    def _state(self, changed: dict[int, NodeBits], tensors: BitArray) -> GraphBits:
+        nodes = self._nodes.copy()
+        for index, node in changed.items():
+            nodes[index] = node
+        return GraphBits(nodes, tensors)
 
     def _per_node(
         self, c: int, indices: Iterable[int], nodes: Sequence[NodeBits] | dict[int, NodeBits]

@@ -290,7 +290,8 @@ struct Backward {
     }
   }
 
-  void add(double* mine, int64_t i, const std::vector<V>& range, const std::vector<V>& change) const {
+  void add(double* mine, int64_t i, const std::vector<V>& range,
+           const std::vector<V>& change) const {
     mine[in.shape.range(i)] += range[i / lanes][i % lanes];
     if (kChange) mine[sums.ranges + in.shape.gate(i)] += change[i / lanes][i % lanes];
   }
@@ -332,8 +333,8 @@ double highest(int32_t bits, bool is_signed) {
 }
 
 template <class T, class W, bool kChange>
-void backward(const Inputs<W>& in, const T* g, const T* x, T* out, W* range_grad, W* reported,
-              int threads) {
+void backward(const Inputs<W>& in, const T* g, const T* x, T* out, double per_range, W* range_grad,
+              W* reported, int threads) {
   const Shape& s = in.shape;
   const Plan plan = plan_of(s, threads);
   const bool summed = kChange && !(plan.mode == Mode::kElements && own_gates(in));
@@ -348,7 +349,7 @@ void backward(const Inputs<W>& in, const T* g, const T* x, T* out, W* range_grad
   const bool counted = plan.mode == Mode::kElements && own_gates(in);
   double high = counted ? sums.at(sums.ranges + sums.gates) : 0;
   for (int64_t k = 0; k < s.gates && !counted; ++k) high += highest(in.bits[k], in.is_signed);
-  const double count = static_cast<double>(s.size) / s.ranges * std::max(high / s.gates, 1.0);
+  const double count = per_range * std::max(high / s.gates, 1.0);
   for (int64_t r = 0; r < s.ranges; ++r) range_grad[r] = W(sums.at(r) / std::sqrt(count));
   for (int64_t k = 0; summed && k < s.gates; ++k) reported[k] = W(sums.at(s.ranges + k));
 }
@@ -361,17 +362,17 @@ Inputs<W> inputs(const void* limits, const int32_t* bits, const int32_t* adjacen
 }
 
 template <class T, class W>
-void start_backward(const Inputs<W>& in, const void* g, const void* x, void* out, void* range_grad,
-                    void* reported, int threads) {
+void start_backward(const Inputs<W>& in, const void* g, const void* x, void* out, double per_range,
+                    void* range_grad, void* reported, int threads) {
   const auto call = in.adjacent ? backward<T, W, true> : backward<T, W, false>;
-  call(in, static_cast<const T*>(g), static_cast<const T*>(x), static_cast<T*>(out),
+  call(in, static_cast<const T*>(g), static_cast<const T*>(x), static_cast<T*>(out), per_range,
        static_cast<W*>(range_grad), static_cast<W*>(reported), threads);
 }
 
 }  // namespace
 
 // dtype: 0 float32, 1 float64, 2 bfloat16. shape: the fields of `Shape`. Limits are of the dtype,
-// or float32 for bfloat16; so are the two results.
+// or float32 for bfloat16; so are the two results. share: `per_range` of placement.py.
 extern "C" void cgmq_forward(int dtype, const void* x, void* y, const void* limits,
                              const int32_t* bits, int is_signed, const int64_t* shape,
                              int threads) {
@@ -385,11 +386,11 @@ extern "C" void cgmq_forward(int dtype, const void* x, void* y, const void* limi
 
 extern "C" void cgmq_backward(int dtype, const void* g, const void* x, void* out,
                               const void* limits, const int32_t* bits, const int32_t* adjacent,
-                              int is_signed, const int64_t* shape, void* range_grad,
-                              void* reported, int threads) {
+                              int is_signed, const int64_t* shape, double share,
+                              void* range_grad, void* reported, int threads) {
   const auto narrow = inputs<float>(limits, bits, adjacent, is_signed, shape);
   const auto wide = inputs<double>(limits, bits, adjacent, is_signed, shape);
-  if (dtype == 0) start_backward<float>(narrow, g, x, out, range_grad, reported, threads);
-  if (dtype == 1) start_backward<double>(wide, g, x, out, range_grad, reported, threads);
-  if (dtype == 2) start_backward<BFloat16>(narrow, g, x, out, range_grad, reported, threads);
+  if (dtype == 0) start_backward<float>(narrow, g, x, out, share, range_grad, reported, threads);
+  if (dtype == 1) start_backward<double>(wide, g, x, out, share, range_grad, reported, threads);
+  if (dtype == 2) start_backward<BFloat16>(narrow, g, x, out, share, range_grad, reported, threads);
 }

@@ -8,7 +8,11 @@ pass, add up over micro-batches like gradients, and need no second pass over act
 
 from __future__ import annotations
 
+import logging
 from enum import IntEnum
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +20,9 @@ from torch.autograd.function import FunctionCtx
 
 from cgmq_fx.passes import native
 from cgmq_fx.passes.grid import PASS_THROUGH, grid, round_to_grid
+from cgmq_fx.passes.placement import per_range
+
+logger = logging.getLogger(__name__)
 
 
 class Statistic(IntEnum):
@@ -54,7 +61,7 @@ def fake_quantize(
     """Round `x` to the grid of range `limit` at `bits`.
 
     Straight-through gradient inside the range, zero outside; the range gets the gradient of LSQ
-    (Esser et al., ICLR 2020) scaled by `1/sqrt(elements per range * highest code)`.
+    (Esser et al., ICLR 2020) scaled by `1/sqrt(elements per range and sample * highest code)`.
 
     Args:
         x: Any shape, floating point.
@@ -69,7 +76,8 @@ def fake_quantize(
     Returns:
         A tensor like `x`.
     """
-    found = native.forward(x, limit, bits, signed)
+    fused = _fused(x)
+    found: Tensor | None = fused and fused.forward(x, limit, bits, signed)
     return reference(x, limit, bits, signed) if found is None else found
 
 
@@ -101,7 +109,10 @@ def fake_quantize_backward(
     """Gradients of `fake_quantize` with respect to `x`, `limit` and `probe`."""
     kind = Statistic(statistic)
     next_bits = adjacent if kind is Statistic.CHANGE else None
-    found = native.backward(grad, x, limit, bits, next_bits, signed)
+    fused = _fused(x)
+    found: tuple[Tensor, Tensor, Tensor] | None = fused and fused.backward(
+        grad, x, limit, bits, next_bits, signed, batched
+    )
     if found is None:
         return reference_backward(grad, x, limit, bits, adjacent, signed, batched, kind)
     if kind is Statistic.MAGNITUDES:
@@ -153,12 +164,32 @@ def reference_backward(
     codes = wide / step
     error = codes.round().clamp_(low, high) - codes * inside
     error = torch.where(rangeless, torch.zeros_like(error), error)
-    per_range = (g * error * (step / beta)).sum_to_size(limit.shape)
-    count = max(x.numel(), 1) / max(limit.numel(), 1) * high.mean().clamp(min=1.0)
-    grad_limit = (per_range / count.sqrt()).to(limit.dtype).contiguous()
+    summed = (g * error * (step / beta)).sum_to_size(limit.shape)
+    count = per_range(x, limit, batched) * high.mean().clamp(min=1.0)
+    grad_limit = (summed / count.sqrt()).to(limit.dtype).contiguous()
     grad_x = torch.mul(grad, inside, out=torch.empty_like(x, dtype=grad.dtype))
     reported = _statistic(g, wide, beta, bits, adjacent, signed, batched, statistic)
     return grad_x, grad_limit, reported.to(limit.dtype).contiguous()
+
+
+def _fused(x: Tensor) -> Any:
+    """The module with the fused kernels for the device of `x`, if there is one."""
+    if x.device.type == "cuda":
+        return _triton()
+    return native
+
+
+@lru_cache(maxsize=1)
+def _triton() -> ModuleType | None:
+    try:
+        from cgmq_fx.passes import triton_kernel
+    except ImportError as error:
+        logger.warning(
+            "fake quantization on CUDA falls back to plain PyTorch operators, which are slower: %s",
+            error,
+        )
+        return None
+    return triton_kernel
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -19,10 +19,12 @@ import tempfile
 import threading
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from cgmq_fx.passes.placement import nested, per_range, places
 
 logger = logging.getLogger(__name__)
 
@@ -47,55 +49,6 @@ _TIMEOUT = 300
 _lock = threading.Lock()
 
 
-class Places(NamedTuple):
-    """How the values of a parameter repeat along a tensor in memory.
-
-    Attributes:
-        inner: Neighbours that share a value.
-        values: Number of values.
-    """
-
-    inner: int
-    values: int
-
-
-@lru_cache(maxsize=4096)
-def places(
-    shape: tuple[int, ...], strides: tuple[int, ...], parameter: tuple[int, ...]
-) -> Places | None:
-    """Where the values of a contiguous parameter belong in a tensor that it broadcasts against.
-
-    Args:
-        shape: Shape of the tensor.
-        strides: Its strides.
-        parameter: Shape of the parameter.
-
-    Returns:
-        None if the tensor is not dense, or if the parameter's order in memory is another one.
-    """
-    order = sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -strides[d])
-    inside = {}
-    size = 1
-    for d in reversed(order):
-        if strides[d] != size:
-            return None
-        inside[d] = size
-        size *= shape[d]
-    offset = len(shape) - len(parameter)
-    own = [d + offset for d, n in enumerate(parameter) if n > 1]
-    if offset < 0 or any(parameter[d - offset] != shape[d] for d in own):
-        return None
-    if not own:
-        return Places(size, 1)
-    first = order.index(own[0])
-    if order[first : first + len(own)] != own:
-        return None
-    count = 1
-    for d in own:
-        count *= shape[d]
-    return Places(inside[own[-1]], count)
-
-
 @lru_cache(maxsize=4096)
 def _shape(
     shape: tuple[int, ...],
@@ -105,21 +58,12 @@ def _shape(
 ) -> ctypes.Array[ctypes.c_int64] | None:
     """The `Shape` of `fake_quantize.cpp`, or None if the kernel cannot walk the tensors."""
     ranges, gates = places(shape, strides, limit), places(shape, strides, bits)
-    if ranges is None or gates is None or not _nested(ranges, gates):
+    if ranges is None or gates is None or not nested(ranges, gates):
         return None
     size = 1
     for n in shape:
         size *= n
     return (ctypes.c_int64 * 5)(size, *ranges, *gates)
-
-
-def _nested(a: Places, b: Places) -> bool:
-    """Whether all repeats after the longer period, and the shorter runs fill the longer ones."""
-    if a.values == 1 or b.values == 1:
-        return True
-    spans = sorted(p.inner * p.values for p in (a, b))
-    inners = sorted(p.inner for p in (a, b))
-    return spans[1] % spans[0] == 0 and inners[1] % inners[0] == 0
 
 
 def forward(x: Tensor, limit: Tensor, bits: Tensor, signed: bool) -> Tensor | None:
@@ -143,7 +87,13 @@ def forward(x: Tensor, limit: Tensor, bits: Tensor, signed: bool) -> Tensor | No
 
 
 def backward(
-    grad: Tensor, x: Tensor, limit: Tensor, bits: Tensor, adjacent: Tensor | None, signed: bool
+    grad: Tensor,
+    x: Tensor,
+    limit: Tensor,
+    bits: Tensor,
+    adjacent: Tensor | None,
+    signed: bool,
+    batched: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """`fake_quantize_backward` of `kernel.py` with the statistic `CHANGE` if `adjacent` is given.
 
@@ -171,6 +121,7 @@ def backward(
         None if neighbours is None else neighbours.data_ptr(),
         signed,
         shape,
+        per_range(x, limit, batched),
         range_grad.data_ptr(),
         reported.data_ptr(),
         torch.get_num_threads(),
@@ -277,9 +228,9 @@ def _folder() -> Path:
 
 def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    pointer, number = ctypes.c_void_p, ctypes.c_int
+    pointer, number, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_double
     forward, backward = library.cgmq_forward, library.cgmq_backward
     forward.argtypes = (number, *[pointer] * 4, number, pointer, number)
-    backward.argtypes = (number, *[pointer] * 6, number, *[pointer] * 3, number)
+    backward.argtypes = (number, *[pointer] * 6, number, pointer, real, pointer, pointer, number)
     forward.restype = backward.restype = None
     return library

@@ -13,7 +13,7 @@ from torch import Tensor
 from cgmq_fx.passes import native
 from cgmq_fx.passes.grid import grid
 from cgmq_fx.passes.kernel import Statistic, fake_quantize, reference, reference_backward
-from cgmq_fx.passes.native import Places, places
+from cgmq_fx.passes.placement import Places, places
 
 LAST = torch.channels_last
 
@@ -145,17 +145,16 @@ def test_its_gradients_are_those_of_the_reference(
     case: Case, dtype: torch.dtype, signed: bool, threads: int
 ) -> None:
     grad, x, limit, bits, adjacent = drawn(case, dtype, signed)
-    found = native.backward(grad, x, limit, bits, adjacent, signed)
+    found = native.backward(grad, x, limit, bits, adjacent, signed, True)
     assert found is not None
-    exact = (limit.double(), bits, adjacent, signed, False, Statistic.CHANGE)
-    expected = reference_backward(grad, x, limit, *exact[1:])
+    expected = reference_backward(grad, x, limit, bits, adjacent, signed, True, Statistic.CHANGE)
     assert torch.equal(found[0], expected[0])
     assert found[0].stride() == x.stride()
     if dtype == torch.float64:
         torch.testing.assert_close(found[1:], expected[1:], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found[2], expected[2], rtol=1e-4, atol=1e-6)
-    bare = native.backward(grad, x, limit, bits, None, signed)
+    bare = native.backward(grad, x, limit, bits, None, signed, True)
     assert bare is not None
     assert torch.equal(bare[1], found[1])
     assert bare[2].shape == (0, *bits.shape)
@@ -175,7 +174,7 @@ def test_what_is_not_finite_stays_so() -> None:
 def test_gradients_of_any_layout_are_taken() -> None:
     data = drawn(CASES["channels last"], torch.float32, True)
     for grad in (data.grad.contiguous(), torch.ones(()).expand(data.x.shape)):
-        found = native.backward(grad, data.x, data.limit, data.bits, None, True)
+        found = native.backward(grad, data.x, data.limit, data.bits, None, True, False)
         expected = reference_backward(
             grad, data.x, data.limit, data.bits, None, True, False, Statistic.NONE
         )
