@@ -32,8 +32,11 @@ class ExecuTorch(Exporter):
 
     def write(self, source: Source, path: Path) -> None:
         """Lower to XNNPACK and serialise."""
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import to_edge_transform_and_lower
+        with quiet():
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
+                XnnpackPartitioner,
+            )
+            from executorch.exir import to_edge_transform_and_lower
 
         sample = first_sample(source.inputs)
         module = contained(source.lowered)
@@ -53,7 +56,8 @@ class ExecuTorch(Exporter):
 
     def run(self, path: Path, batches: Sequence[ExampleInputs]) -> list[list[Tensor]]:
         """Run it in ExecuTorch's runtime."""
-        from executorch.runtime import Runtime
+        with quiet():
+            from executorch.runtime import Runtime
 
         method = Runtime.get().load_program(path).load_method("forward")
         if method is None:

@@ -86,7 +86,8 @@ class LiteRT(Exporter):
 
     def run(self, path: Path, batches: Sequence[ExampleInputs]) -> list[list[Tensor]]:
         """Run it in LiteRT's interpreter, which uses XNNPACK where it can."""
-        from ai_edge_litert.interpreter import Interpreter
+        with quiet():
+            from ai_edge_litert.interpreter import Interpreter
 
         interpreter = Interpreter(str(path), num_threads=1)
         interpreter.allocate_tensors()

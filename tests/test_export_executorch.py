@@ -1,0 +1,49 @@
+"""ExecuTorch: what is delegated to XNNPACK, and the same outputs in its runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cgmq_fx import UnsupportedModelError
+from cgmq_fx.exporters import exporters
+from cgmq_fx.exporters.agreement import compare
+from cgmq_fx.passes.lower import lower
+from tests.deploy_nets import deployed, inputs_of
+
+pytest.importorskip(
+    "executorch", reason="ExecuTorch is not installed: .pte files are neither written nor run"
+)
+
+CASES = [
+    ("lenet5", "integer channel", 1),
+    ("lenet5", "fpga", 1),
+    ("mlp", "integer", 1),
+    ("separable", "integer", 1),
+    ("resnet20", "integer", None),  # XNNPACK has no strided slices, so its shortcuts split it
+]
+
+
+@pytest.mark.parametrize(("name", "scheme", "delegates"), CASES)
+def test_xnnpack_computes_it(name: str, scheme: str, delegates: int | None, tmp_path: Path) -> None:
+    result = deployed(name, scheme)
+    path = result.export(tmp_path / "net.pte").path
+    from executorch.exir._serialize._program import deserialize_pte_binary  # quiet from now on
+
+    plan = deserialize_pte_binary(path.read_bytes()).program.execution_plan[0]
+    assert {d.id for d in plan.delegates} == {"XnnpackBackend"}
+    if delegates is not None:
+        assert len(plan.delegates) == delegates
+        assert plan.operators == []  # nothing is left outside
+    inputs = [inputs_of(name, 3)]
+    found = exporters()["executorch"].run(path, inputs)
+    agreement = compare(lower(result.model, result.inputs), found, inputs)
+    assert agreement.largest <= 1.01
+    assert agreement.argmax == 1.0
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="8 bits"):
+        deployed("mlp", "w16").export(tmp_path / "net.pte")
+    assert list(tmp_path.iterdir()) == []
