@@ -6,7 +6,9 @@ from a fixed set of ops (see `graph_json`) and its cost is counted again.
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,34 +27,51 @@ from cgmq_fx.cost_models.tables import TableModel
 from cgmq_fx.cost_models.target import parse_target, target_to_json
 from cgmq_fx.graph_json import graph_from_json, graph_to_json
 from cgmq_fx.history import EpochRecord, GateRecord, History, Phase, StepRecord
+from cgmq_fx.packed_weights import pack_weights, unpack_gates, unpack_weights
 from cgmq_fx.passes.capture import ExampleInputs
+from cgmq_fx.passes.freeze import keep_containers
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.passes.state import shape_of
 from cgmq_fx.result import Result
 from cgmq_fx.untrusted import identifier, shown_text, tensor_path
 from cgmq_fx.verify import verify
 
-FORMAT = 1
+FORMAT = 2
+"""The newest format: 1 holds weights as they were trained, 2 as packed codes."""
+
 _KEY = "cgmq_fx"
+_DEFLATED = "deflated:"
+_MOST_TEXT = 1 << 28
 
 
-def save(result: Result, path: Path) -> Path:
-    """Write a result, atomically; see `Result.save`."""
+def save(result: Result, path: Path, packed: bool = False) -> Path:
+    """Write a result, atomically; see `Result.save`.
+
+    Args:
+        result: What is written.
+        path: The file.
+        packed: Whether weights are written as codes, in the bits of their gates, and the header
+            deflated: the same function in a small file, but training cannot go on from it.
+    """
+    state: dict[str, Tensor] = result.model.state_dict(keep_vars=False)
+    codes, entries = pack_weights(result.model) if packed else ({}, {})
     header = {
-        "format": FORMAT,
+        "format": 2 if packed else 1,
         "budget": _budget_to_json(result),
         "graph": graph_to_json(result.model),
         "inputs": _inputs_to_json(result.inputs),
         "metrics": _metrics(result.metrics),
         "history": asdict(result.history),
         "parameters": sorted(n for n, _ in result.model.named_parameters(remove_duplicate=False)),
+        "packed": entries,
     }
-    state = result.model.state_dict(keep_vars=False)
     tensors = {
-        tensor_path(name): t.detach().cpu().contiguous().clone() for name, t in state.items()
+        tensor_path(name): t.detach().cpu().contiguous().clone()
+        for name, t in (state | codes).items()
     }
     try:
-        text = json.dumps(header, allow_nan=False)
+        text = json.dumps(header, allow_nan=False, separators=(",", ":"))
+        text = _deflate(text) if packed else text
     except ValueError as error:
         raise ArtifactError(f"the result cannot be written as JSON: {error}") from error
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
@@ -88,7 +107,11 @@ def load(path: str | Path) -> Result:
             f"{path} has format {version!r}, this version reads up to {FORMAT}; upgrade cgmq_fx"
         )
     try:
-        model = graph_from_json(header["graph"], _tree(tensors, set(header["parameters"])))
+        entries = header.get("packed", {})
+        room = unpack_gates(tensors, entries, header["graph"]["modules"])
+        model = graph_from_json(header["graph"], _tree(room, set(header["parameters"])))
+        keep_containers(model)
+        unpack_weights(model, tensors, entries)
         inputs = _inputs_from_json(header["inputs"])
         budget = _budget_from_json(header["budget"])
         history = _history(header["history"])
@@ -115,12 +138,30 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if text is None:
         raise ArtifactError(f"{path} is a safetensors file, but not one that cgmq_fx wrote")
     try:
-        header = json.loads(text)
+        header = json.loads(_inflate(text))
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"the header of {path} is no JSON: {error}") from error
     if not isinstance(header, dict):
         raise ArtifactError(f"the header of {path} is not an object")
     return header, tensors
+
+
+def _deflate(text: str) -> str:
+    return _DEFLATED + base64.b85encode(zlib.compress(text.encode(), 9)).decode()
+
+
+def _inflate(text: str) -> str:
+    """The text of a header, which may be deflated; bounded, whatever it claims to hold."""
+    if not text.startswith(_DEFLATED):
+        return text
+    try:
+        stream = zlib.decompressobj()
+        content = stream.decompress(base64.b85decode(text.removeprefix(_DEFLATED)), _MOST_TEXT)
+    except zlib.error as error:
+        raise ValueError(f"it cannot be inflated: {error}") from error
+    if not stream.eof:
+        raise ValueError("it is cut off, or too large")
+    return content.decode()
 
 
 def _tree(tensors: Mapping[str, Tensor], parameters: set[str]) -> nn.Module:

@@ -58,7 +58,7 @@ class Freeze(Pass):
                 module.graph.erase_node(node)
         module.graph.eliminate_dead_code()
         module.delete_all_unused_submodules()
-        _keep_containers(module)
+        keep_containers(module)
         drop_unused_state(module)
         for quantizer in module.modules():
             if isinstance(quantizer, Quantizer):
@@ -76,7 +76,8 @@ def _is_moot(module: GraphModule, node: Node, dropped: set[str]) -> bool:
     return False
 
 
-def _keep_containers(module: GraphModule) -> None:
+def keep_containers(module: GraphModule) -> None:
+    """See to it that a graph without any quantizer has the modules that would hold them."""
     for name in (QUANTIZERS, BIASES):
         if not hasattr(module, name):
             module.add_module(name, torch.nn.Module())

@@ -130,7 +130,7 @@ CODE = "x\n    __import__('os').system('touch /tmp/owned')\n    x"
 SMUGGLED = "other': __import__('os').system('touch /tmp/owned'), 'y"
 
 EDITS: dict[str, tuple[Callable[[Header], Any], str]] = {
-    "newer": (lambda h: h.update(format=2), "has format 2, .*upgrade cgmq_fx"),
+    "newer": (lambda h: h.update(format=3), "has format 3, .*upgrade cgmq_fx"),
     "no format": (lambda h: h.pop("format"), "has format None"),
     "format text": (lambda h: h.update(format="1"), "has format '1'"),
     "format zero": (lambda h: h.update(format=0), "has format 0"),

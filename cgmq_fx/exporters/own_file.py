@@ -47,7 +47,7 @@ class Own(Exporter):
 
     def write(self, source: Source, path: Path) -> None:
         """Save the result without what was recorded on the way."""
-        save(replace(source.result, history=History()), path)
+        save(replace(source.result, history=History()), path, packed=True)
 
     def read(self, path: Path) -> FileCost:
         """Load it, which executes nothing."""
