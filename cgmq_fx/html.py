@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -17,6 +18,9 @@ from cgmq_fx.drawing import draw
 from cgmq_fx.palette import STOPS, color_of
 from cgmq_fx.report import as_dict, mean_bits, other_quantizers
 from cgmq_fx.result import Result
+
+if TYPE_CHECKING:
+    from cgmq_fx.exporters.certificate import Certificate
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,20 +38,24 @@ class _Row:
     shares: tuple[float, ...]
 
 
-def save_html(result: Result, path: Path) -> Path:
+def save_html(result: Result, path: Path, certificates: Sequence[Certificate] = ()) -> Path:
     """Write the page; see `Result.to_html`."""
     try:
-        path.write_text(page(result), encoding="utf-8")
+        path.write_text(page(result, certificates), encoding="utf-8")
     except OSError as error:
         raise OptionError(f"{path} cannot be written: {error}") from error
     return path
 
 
-def page(result: Result) -> str:
+def page(result: Result, certificates: Sequence[Certificate] = ()) -> str:
     """The whole page."""
     template = _environment().get_template("report.html.jinja")
     return template.render(
-        **_context(result), drawing=draw(result), plots=_plots(result), stops=STOPS
+        **_context(result),
+        drawing=draw(result),
+        plots=_plots(result),
+        stops=STOPS,
+        certificates=certificates,
     )
 
 

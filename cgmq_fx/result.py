@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from cgmq_fx.exporters import Exported
+    from cgmq_fx.exporters.certificate import Certificate
 
 
 @dataclass
@@ -89,7 +90,7 @@ class Result:
 
         return save_plots(self, Path(folder))
 
-    def to_html(self, path: str | Path) -> Path:
+    def to_html(self, path: str | Path, certificates: Sequence[Certificate] = ()) -> Path:
         """Write everything about the result as one page that needs no network.
 
         The graph, coloured by bits and zoomable; a table to sort; plots, if matplotlib is
@@ -97,6 +98,7 @@ class Result:
 
         Args:
             path: The file, usually `*.html`; replaced if it exists.
+            certificates: Those of exported files (`export(...).certificate`), to be shown too.
 
         Returns:
             The path.
@@ -106,7 +108,7 @@ class Result:
         """
         from cgmq_fx.html import save_html
 
-        return save_html(self, Path(path))
+        return save_html(self, Path(path), certificates)
 
     def to_dataframe(self) -> DataFrame:
         """A row per layer: bits, MACs, and every cost.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -34,8 +35,9 @@ from cgmq_fx.cost_models import (
 )
 from cgmq_fx.cost_models.errors import OptionError
 from cgmq_fx.data import example_inputs_of
-from cgmq_fx.directions import Direction
+from cgmq_fx.directions import Direction, direction_of
 from cgmq_fx.driver import DEFAULT_EPOCHS, quantize
+from cgmq_fx.identity import name_of
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.prepared import float_graph, quantized_graph
 from cgmq_fx.presets import TargetLike, deployment
@@ -63,11 +65,13 @@ class _Task:
     metric: Metric | None
     seed: int
 
-    def run(self, budget: str, start: Result | None, progress: bool) -> Result:
-        """Quantize for one budget."""
+    def run(self, budget: str, start: Result | None, folder: Path, progress: bool) -> Result:
+        """Quantize for one budget; if that is stopped, `folder` is where it continues."""
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         model, data = options.pop("model"), options.pop("train_data")
-        return quantize(model, budget, data, start=start, progress=progress, **options)
+        return quantize(
+            model, budget, data, start=start, checkpoint=folder, progress=progress, **options
+        )
 
     def fingerprint(self) -> str:
         """Changes with the model and with the options, as far as they can be told apart."""
@@ -77,8 +81,9 @@ class _Task:
             if isinstance(tensor, torch.Tensor):
                 data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
                 digest.update(data.numpy().tobytes())
-        named = [getattr(self, n) for n in ("loss", "direction", "target", "optimizer", "metric")]
-        options = [self.epochs, self.scheme, self.seed, *map(_name_of, named)]
+        functions = map(name_of, (self.loss, self.metric, self.optimizer))
+        where, direction = deployment(self.target), direction_of(self.direction)
+        options = [self.epochs, self.scheme, self.seed, where, direction.name, *functions]
         digest.update(repr(options).encode())
         return digest.hexdigest()
 
@@ -119,8 +124,9 @@ def sweep(
         metric: `metric(output, target)`, higher is better.
         progress: Whether to show progress.
         seed: Seed of all that is random.
-        folder: Keeps a file per point. Called again with the same model and options, a sweep
-            continues where it was stopped, and takes further budgets.
+        folder: Keeps a file per point, and checkpoints of the one that is trained. Called again
+            with the same model and options, a sweep continues where it was stopped, and takes
+            further budgets.
         jobs: How many points to train at once. By default one per device if the model is on one of
             several GPUs, else one. More need the package `loky`, and pass the model and the data to
             other processes.
@@ -208,8 +214,10 @@ def _run_stretch(
             continue
         if console is not None:
             console.print(f"point {number} of {len(budgets)}: {budget}", highlight=False)
-        before = task.run(budget, before, progress=console is not None)
+        running = file.with_suffix(".run")
+        before = task.run(budget, before, running, progress=console is not None)
         before.save(file)
+        shutil.rmtree(running, ignore_errors=True)
 
 
 def _run_parallel(task: _Task, budgets: Sequence[str], folder: Path, workers: int) -> None:
@@ -268,8 +276,3 @@ def _file(folder: Path, budget: str) -> Path:
 
 def _kept(folder: str | Path | None, budget: str) -> Path | None:
     return None if folder is None else _file(Path(folder), budget)
-
-
-def _name_of(value: Any) -> str:
-    """What tells options apart from one run of a program to the next: no addresses."""
-    return getattr(value, "__qualname__", None) or f"{type(value).__name__} {value!s:.60}"

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 import cgmq_fx
 from cgmq_fx import OptionError, Result
 from cgmq_fx.drawing import draw
+from cgmq_fx.exporters.agreement import Agreement
+from cgmq_fx.exporters.certificate import Certificate
 from cgmq_fx.history import EpochRecord, GateRecord, History, StepRecord
 from cgmq_fx.html import page
 from cgmq_fx.palette import PRUNED, STOPS, color_of
@@ -123,6 +125,18 @@ def test_a_notebook_shows_the_constraints_and_the_table(residual: Result) -> Non
     assert Tags(text).open == []
     assert "@scope (.cgmq-fx)" in text
     assert all(state.constraint.name in text for state in residual.cost.states)
+
+
+def test_certificates_of_exported_files_are_shown(residual: Result) -> None:
+    agreement = Agreement(exact=1.0, within=1.0, largest=0.0, argmax=1.0, values=10)
+    states = residual.cost.states
+    one = Certificate("net.onnx", "onnx", "ab" * 32, 1234, states, (), True, agreement)
+    text = page(residual, [one])
+    assert "Exported files" in text
+    assert "net.onnx" in text
+    assert "1,234" in text
+    assert str(agreement).splitlines()[0] in text
+    assert "Exported files" not in page(residual)
 
 
 def test_a_file_that_cannot_be_written_is_said(residual: Result, tmp_path: Path) -> None:

@@ -78,6 +78,29 @@ def test_a_stopped_sweep_trains_only_what_is_missing(
     assert all(p.file is not None and p.file.is_file() for p in second)
 
 
+class Stopping:
+    """Cross entropy, until somebody presses Ctrl-C."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return cross_entropy(output, target)
+
+
+def test_a_point_that_was_interrupted_continues(tmp_path: Path) -> None:
+    options = {"epochs": 3, "val_data": None}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, BUDGETS[:1], loss=Stopping(7), **options)
+    assert [file.suffix for file in tmp_path.iterdir() if file.is_dir()] == [".run"]
+    again = run(tmp_path, BUDGETS[:1], loss=Stopping(8), **options)  # 15 steps in all
+    assert len(again[0].result.history.steps) == 15
+    assert not list(tmp_path.glob("*.run"))
+
+
 @pytest.mark.parametrize("changed", [{"epochs": 3}, {"seed": 1}, {"loss": None}])
 def test_a_folder_of_another_sweep_is_refused(changed: dict[str, Any], tmp_path: Path) -> None:
     run(tmp_path, ["bops <= 6%"], epochs=1)
