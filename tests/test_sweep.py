@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ class Stopping:
     def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         self.left -= 1
         if self.left < 0:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return cross_entropy(output, target)
 
 
@@ -96,7 +97,7 @@ def test_a_point_that_was_interrupted_continues(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, BUDGETS[:1], loss=Stopping(7), **options)
     assert [file.suffix for file in tmp_path.iterdir() if file.is_dir()] == [".run"]
-    again = run(tmp_path, BUDGETS[:1], loss=Stopping(8), **options)  # 15 steps in all
+    again = run(tmp_path, BUDGETS[:1], loss=Stopping(7), **options)  # 8 steps are done
     assert len(again[0].result.history.steps) == 15
     assert not list(tmp_path.glob("*.run"))
 

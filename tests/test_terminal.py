@@ -154,6 +154,7 @@ def test_ctrl_c_is_no_traceback(terminal: Terminal) -> None:
     assert status == 130
     assert "Traceback" not in terminal.text
     assert terminal.text.endswith("stopped")
+    assert "what had been reached is within the budget: wrote stopped/model" in terminal.text
 
 
 BUDGET = ("--budget", "bops <= 2%")

@@ -32,12 +32,16 @@ def reported(command: Callable[_P, None]) -> Callable[_P, None]:
 
     @wraps(command)
     def run(*args: _P.args, **options: _P.kwargs) -> None:
-        from cgmq_fx.cost_models.errors import CgmqError
+        from cgmq_fx.cost_models.errors import CgmqError, StoppedError
 
         try:
             command(*args, **options)
+        except StoppedError:
+            click.echo("stopped", err=True)
+            raise SystemExit(INTERRUPTED) from None
         except CgmqError as error:
-            click.echo(_paragraph(f"error: {error}"), err=True)
+            text = error.args[0] if error.args else error  # without the hint on `result`
+            click.echo(_paragraph(f"error: {text}"), err=True)
             raise SystemExit(_status(error)) from None
         except KeyboardInterrupt:
             click.echo("stopped", err=True)

@@ -28,6 +28,11 @@ from cgmq_fx.cli.output import prepare_folder, write_result
     show_default=True,
     help="Folder for the model, the report and the plots; files in it are replaced.",
 )
+@click.option(
+    "--checkpoint",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder that keeps the run; the same command continues there after a crash.",
+)
 @options.loudness
 @reported
 def command(
@@ -41,6 +46,7 @@ def command(
     shapes: tuple[str, ...],
     state: Path | None,
     out: Path,
+    checkpoint: Path | None,
     quiet: bool,
     as_json: bool,
     targets: tuple[str, ...],
@@ -61,31 +67,40 @@ def command(
 
     \b
     Exit status: 0 done, and within the budget; 1 the budget cannot be met;
-    2 a mistake in the command, the model or the data; 3 training failed.
+    2 a mistake in the command, the model or the data; 3 training failed;
+    130 stopped by Ctrl-C. After 3 and 130, what had been reached is written.
 
     \b
     Example:
         cgmq-fx quantize mynet:make --data mynet:batches \\
             --loss cross_entropy --budget "bops <= 1%, weights <= 64 KiB"
     """  # noqa: D301 - click wants the backspace
+    from cgmq_fx.cost_models.errors import TrainingError
     from cgmq_fx.driver import quantize
 
     scheme = options.scheme_of(**chosen)
     prepare_folder(out)
     batches = load_data(data, val_data)
-    result = quantize(
-        load_model(model, state),
-        budget,
-        batches.train,
-        loss=load_loss(loss),
-        val_data=batches.validation,
-        epochs=epochs,
-        example_inputs=tuple(tensor(shape) for shape in shapes) or None,
-        scheme=scheme,
-        target=targets,
-        progress=not quiet,
-        seed=seed,
-    )
+    try:
+        result = quantize(
+            load_model(model, state),
+            budget,
+            batches.train,
+            loss=load_loss(loss),
+            val_data=batches.validation,
+            epochs=epochs,
+            example_inputs=tuple(tensor(shape) for shape in shapes) or None,
+            scheme=scheme,
+            target=targets,
+            progress=not quiet,
+            seed=seed,
+            checkpoint=checkpoint,
+        )
+    except TrainingError as error:
+        if error.result is not None:
+            written = ", ".join(map(str, write_result(error.result, out)))
+            click.echo(f"what had been reached is within the budget: wrote {written}", err=True)
+        raise
     files = write_result(result, out)
     if as_json:
         click.echo(json.dumps(result.report(), indent=1))
