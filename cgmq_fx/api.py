@@ -53,11 +53,13 @@ from cgmq_fx.driver import quantize
 from cgmq_fx.explanation import Explanation, explain
 from cgmq_fx.exporters import Exported, Exporter, export, register_exporter
 from cgmq_fx.loggers import CSVLogger, TensorBoardLogger
+from cgmq_fx.passes.integer import Simulation
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.prepared import Prepared, prepare
 from cgmq_fx.presets import PRESETS, Preset
 from cgmq_fx.progress import Progress
 from cgmq_fx.result import Result
+from cgmq_fx.simulation import simulate
 from cgmq_fx.sweep_result import Sweep, SweepPoint
 from cgmq_fx.sweeping import sweep
 
@@ -103,6 +105,7 @@ __all__ = [
     "Progress",
     "Result",
     "Scheme",
+    "Simulation",
     "StoppedError",
     "Sweep",
     "SweepPoint",
@@ -123,5 +126,6 @@ __all__ = [
     "quantize",
     "register_cost_model",
     "register_exporter",
+    "simulate",
     "sweep",
 ]
