@@ -14,7 +14,7 @@ extensions = [
     "sphinx_copybutton",
 ]
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "pypi.md"]
 html_theme = "furo"
 html_title = "cgmq_fx"
 
