@@ -28,6 +28,10 @@ _CANDIDATES = 48
 _HALVINGS = 7
 _QUANTILE = 0.999
 _TAIL = 3.0
+_LARGEST = 1e15
+_SMALLEST = 1e-25
+"""What is smaller counts as zero: the steps of its grid could not be held."""
+
 _GOLDEN = 0.6180339887498949
 
 
@@ -204,16 +208,23 @@ class _Watch:
             self._parts.append(_thin(self._per_range(value).float(), _PER_WEIGHT))
 
     def values(self, name: str) -> Tensor:
-        """Shape (ranges, samples); values that are not finite are left out."""
+        """Shape (ranges, samples); what is not finite or tiny is zero."""
         if not self._parts:
             raise DataError(f"no calibration batch reached {name}; is that part of the model used?")
         values = torch.cat(self._parts, 1)
+        if not values.numel():
+            raise DataError(f"the calibration batches have no values at {name}; are they empty?")
         finite = values.isfinite()
         if not bool(finite.any()):
             raise DataError(f"all calibration values at {name} are infinite or not a number")
-        return (
-            values if bool(finite.all()) else torch.where(finite, values, torch.zeros_like(values))
-        )
+        if not bool(finite.all()):
+            values = torch.where(finite, values, torch.zeros_like(values))
+        if float(values.abs().max()) > _LARGEST:
+            raise DataError(
+                f"calibration values at {name} reach {float(values.abs().max()):.3g}, and squares "
+                f"of what is beyond {_LARGEST:g} overflow; scale the data or the weights"
+            )
+        return torch.where(values.abs() < _SMALLEST, torch.zeros_like(values), values)
 
     def _per_range(self, value: Tensor) -> Tensor:
         axes = [i for i, size in enumerate(self._spec.range_shape) if size != 1]

@@ -40,6 +40,7 @@ from cgmq_fx.training import (
     OptimizerFactory,
     default_optimizer,
 )
+from cgmq_fx.turns import TURN
 
 _SEARCH_SHARE = 0.4
 DEFAULT_EPOCHS = 10
@@ -86,7 +87,8 @@ def quantize(
         callbacks: Told about every step and epoch.
         progress: Whether to show progress on the terminal.
         seed: Seed of all that is random: inputs where there is no data, dropout, shuffling. The
-            global random state is left as it was.
+            global random state is left as it was. Calls from several threads take turns; use
+            processes to quantize several models at once.
         start: A result of the same model under another budget: weights and bit-widths start there.
         checkpoint: A folder to keep the run in, every five minutes, or a `Checkpoint` that says how
             often. The same call resumes it and ends with the same result, bit by bit, as if it had
@@ -107,7 +109,7 @@ def quantize(
         raise OptionError(f"epochs must be a whole number, 0 or more, not {epochs!r}")
     if train_data is None and loss is not None:
         raise DataError("a loss was given, but no train_data; pass it, or leave out loss=")
-    with _seeded(seed):
+    with TURN, _seeded(seed):
         inputs = example_inputs_of(model, example_inputs, train_data, loss is not None)
         captured = float_graph(model, inputs)
         teacher = copy_graph(captured.module).eval() if loss is None else None

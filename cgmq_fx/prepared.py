@@ -53,6 +53,7 @@ from cgmq_fx.passes.shapes import PropagateShapes
 from cgmq_fx.passes.wrappers import InlineRegions
 from cgmq_fx.presets import TargetLike, deployment
 from cgmq_fx.result import Result
+from cgmq_fx.turns import TURN
 from cgmq_fx.verify import verify
 
 DEFAULT_SEARCH_STEPS = 1000
@@ -262,7 +263,11 @@ def float_graph(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Ca
     Raises:
         CaptureError: If the model cannot be captured.
     """
-    captured = capture(model, inputs)
+    with TURN:
+        return _float_graph(capture(model, inputs))
+
+
+def _float_graph(captured: Captured) -> Captured:
     passes = [
         InlineRegions(),
         MergeState(),

@@ -279,6 +279,8 @@ class Run:
         batch = split_batch(raw, self.signature, self.loss is not None)
         expected = self.prepared.example_inputs
         found = batch.inputs.tensors
+        if batch.inputs.batch == 0:
+            raise DataError(f"a batch of {shapes_of(found)} has no samples; leave it out")
         start = 1 if self.prepared.dynamic else 0
         if len(found) != len(expected.tensors) or any(
             a.shape[start:] != b.shape[start:] or a.is_floating_point() != b.is_floating_point()

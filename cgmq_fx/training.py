@@ -25,7 +25,8 @@ _WARMUP = 0.02
 
 def default_optimizer(groups: list[dict[str, Any]]) -> Optimizer:
     """Adam, whose steps do not depend on the scale of the loss."""
-    return Adam(groups)
+    half = any(p.dtype is torch.float16 for group in groups for p in group["params"])
+    return Adam(groups, eps=1e-4 if half else 1e-8)  # in float16 the usual one is 0
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -155,10 +155,11 @@ class BiasQuantizer(nn.Module):
         with torch.no_grad():
             step = self._step(input_log_range, input_bits, self.input_signed)
             step = step * self._step(weight_log_range, weight_bits, self.weight_signed)
-            safe = torch.where(step > 0, step, torch.ones_like(step)).to(bias.dtype)
-            codes = (bias / safe).round_().clamp_(-_INT32_CODES, _INT32_CODES)
-            change = torch.where(step > 0, codes * safe - bias, torch.zeros_like(bias))
-        return bias + change.detach()
+            wide = bias if bias.dtype is torch.float64 else bias.float()  # codes exceed float16
+            safe = torch.where(step > 0, step, torch.ones_like(step)).to(wide.dtype)
+            codes = (wide / safe).round_().clamp_(-_INT32_CODES, _INT32_CODES)
+            change = torch.where(step > 0, codes * safe - wide, torch.zeros_like(wide))
+        return bias + change.detach().to(bias.dtype)
 
     def _step(self, log_range: Tensor, bits: Tensor, signed: bool) -> Tensor:
         return finest_step(log_range, bits, signed, self.power_of_two).reshape(-1)
