@@ -34,7 +34,7 @@ class Preset:
             is needed.
         widths: The bit-widths that tensors may have; empty for any.
         weights: The granularities that gates of weights may have.
-        channels_last: Whether images enter the exported model with their channels last.
+        channels_last: Whether what is deployed takes images with their channels last.
     """
 
     name: str
@@ -113,6 +113,7 @@ PRESETS = {
             ("qonnx",),
             _SHIFTS,
             weights=("tensor",),
+            channels_last=True,
         ),
         Preset(
             "xnnpack",

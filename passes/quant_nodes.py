@@ -121,7 +121,8 @@ def _constant(module: GraphModule, node: Node) -> Node:
     most = int(codes.abs().max()) if codes.numel() else 0
     bits = width_of(-most, most, signed=True)
     with module.graph.inserting_before(node):
-        values = _read(module, f"{node.name}_values", codes * step)
+        stored = str(getattr(node.args[0], "target", node.name)).removesuffix("_codes")
+        values = _read(module, f"{stored}_values", codes * step)
         return _quant(module, values, node, step, bits, signed=True)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cgmq_fx import ExportError
+from cgmq_fx import ArtifactError, ExportError
 from cgmq_fx.exporters import exporters
 from cgmq_fx.exporters.agreement import compare
+from cgmq_fx.exporters.certificate import verify_file
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.lower import lower
 from cgmq_fx.passes.quant_nodes import width_of
@@ -64,6 +66,74 @@ def test_every_tensor_has_its_own_bits(tmp_path: Path) -> None:
     }
     assert len(weights) == 4
     assert all(bits <= 8 for bits in weights.values())
+
+
+COUNTED = [
+    *(("lenet5", s) for s in ("fpga", "channel")),
+    *(("mlp", s) for s in ("fpga", "both", "element", "w16")),
+    ("separable", "fpga"),
+]
+
+
+@pytest.mark.parametrize(("name", "scheme"), COUNTED)
+def test_the_cost_is_counted_from_the_file(name: str, scheme: str, tmp_path: Path) -> None:
+    result = deployed(name, scheme)
+    exported = result.export(tmp_path / "net.onnx", "qonnx", verify=False)
+    assert exported.certificate.from_file
+    (counted,), (known,) = exported.certificate.states, result.cost.states
+    assert counted.reference == known.reference
+    if scheme == "element":  # codes may need fewer bits than they were given
+        assert 0.5 * known.value < counted.value <= known.value
+    else:
+        assert counted.value == known.value
+    assert verify_file(exported.path).states[0].value == counted.value
+
+
+def tampered(change: Callable[[Any], None], folder: Path) -> Path:
+    path = deployed("mlp", "fpga").export(folder / "net.onnx", "qonnx", verify=False).path
+    (folder / "net.onnx.certificate.json").unlink()
+    model = onnx.load(path)
+    change(model)
+    onnx.save(model, path)
+    return path
+
+
+def states_a_large_batch(model: Any) -> None:
+    (entry,) = (p for p in model.metadata_props if p.key == "cgmq_fx")
+    entry.value = entry.value.replace('"batch": 1', '"batch": 8')
+
+
+def quant(model: Any) -> Any:
+    return next(node for node in model.graph.node if node.op_type == "Quant")
+
+
+def is_asymmetric(model: Any) -> None:
+    flags = {a.name: a for a in quant(model).attribute}
+    flags["narrow"].i = 1 - flags["narrow"].i
+
+
+def has_no_grid(model: Any) -> None:
+    quant(model).input[1] = "nothing"
+
+
+def is_another_op(model: Any) -> None:
+    quant(model).op_type = "Trunc"
+
+
+TAMPERED: list[tuple[Callable[[Any], None], str]] = [
+    (states_a_large_batch, "states a batch of 8, the file has a smaller one"),
+    (is_asymmetric, "a grid that this library does not write"),
+    (has_no_grid, "the grid of .* is not in the file"),
+    (is_another_op, "is a Trunc, which is not counted"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), TAMPERED)
+def test_a_file_that_was_changed_is_refused(
+    change: Callable[[Any], None], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        verify_file(tampered(change, tmp_path))
 
 
 def test_pools_run_on_codes(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import cgmq_fx
 from cgmq_fx import PRESETS, OptionError, Preset, Scheme, TargetError
 from cgmq_fx.cli import main
 from cgmq_fx.cost_models import load_target, target_names
+from cgmq_fx.exporters import exporters
 from cgmq_fx.presets import NONE, deployment
 from tests.nets import quantizers, small_classifier
 
@@ -37,6 +38,12 @@ def test_only_an_fpga_asks_for_shifts() -> None:
     shifts = {name for name in PRESETS if PRESETS[name].apply(None).power_of_two}
     single = {name for name in PRESETS if PRESETS[name].apply(None).weight_ranges == "tensor"}
     assert shifts == single == {"fpga"}
+
+
+def test_every_preset_has_its_exporter() -> None:
+    named = {name for preset in PRESETS.values() for name in preset.formats}
+    assert named == {"onnx", "qonnx", "executorch", "litert"}
+    assert named <= set(exporters())
 
 
 def test_none_changes_nothing() -> None:

@@ -38,6 +38,7 @@ def _preset(preset: Preset) -> str:
     lines = [preset.description]
     if preset.formats:
         lines.append(f"exports to: {', '.join(preset.formats)}")
+        lines.append(f"images: channels {'last' if preset.channels_last else 'first'}")
     return _entry(f"{preset.name} (preset)", lines)
 
 

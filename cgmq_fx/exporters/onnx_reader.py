@@ -15,6 +15,7 @@ from torch.fx import Node
 from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.exporters.cost_graph import Array, CostGraph, Counted, Manifest, Shape
 from cgmq_fx.exporters.onnx_ops import COMPUTE, OPS
+from cgmq_fx.exporters.qonnx_reader import as_integers, is_qonnx
 
 MANIFEST = "cgmq_fx"
 _MOST_BYTES = 1 << 31
@@ -43,6 +44,8 @@ def read_onnx(path: Path) -> Counted:
         raise ArtifactError(f"{path} is not an ONNX file, or is damaged: {error}") from error
     try:
         manifest = _manifest(model, path)
+        if is_qonnx(model):
+            model = as_integers(model)
         reader = _Reader(_with_shapes(model, manifest.batch), manifest)
         outputs = reader.read()
     except ArtifactError:
@@ -76,6 +79,11 @@ def _with_shapes(model: Any, batch: int) -> Any:
         for size in put.type.tensor_type.shape.dim:
             if size.dim_param:
                 size.dim_value = batch  # the batch is the only size that is free
+        first = put.type.tensor_type.shape.dim[:1]
+        if any(0 < size.dim_value < batch for size in first):
+            raise ArtifactError(
+                f"the manifest states a batch of {batch}, the file has a smaller one"
+            )
     for given in model.graph.output:
         given.type.tensor_type.ClearField("shape")
     return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)

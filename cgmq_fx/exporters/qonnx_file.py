@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, final
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from cgmq_fx.cost_models.errors import ExportError
-from cgmq_fx.exporters.exporter import Exporter, Source, register_exporter
+from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_exporter
 from cgmq_fx.exporters.onnx_file import without_notes
+from cgmq_fx.exporters.onnx_reader import read_onnx
 from cgmq_fx.exporters.program import quiet
 from cgmq_fx.exporters.samples import first_sample, run_each
 from cgmq_fx.passes.capture import ExampleInputs
@@ -34,6 +36,7 @@ class QONNX(Exporter):
     suffix: ClassVar[str] = ".onnx"
     packages: ClassVar[tuple[str, ...]] = ("qonnx", "onnx", "onnxscript", "onnxruntime")
     extra: ClassVar[str] = "qonnx"
+    readable: ClassVar[bool] = True
 
     def write(self, source: Source, path: Path) -> None:
         """Write it through torch.onnx."""
@@ -54,7 +57,8 @@ class QONNX(Exporter):
             raise ExportError(f"torch.onnx cannot translate the model: {error}") from error
         if exported is None:
             raise ExportError("torch.onnx gave no program")
-        ir.save(without_notes(exported.model, source.manifest), path)
+        manifest = json.loads(source.manifest) | {"batch": sample.batch or 1}
+        ir.save(without_notes(exported.model, json.dumps(manifest)), path)
 
     def run(self, path: Path, batches: Sequence[ExampleInputs]) -> list[list[Tensor]]:
         """Run it in qonnx's executor."""
@@ -70,6 +74,10 @@ class QONNX(Exporter):
         model = model.transform(ChangeBatchSize(sum(sizes))).transform(InferShapes())
         outputs = _executed(model, [torch.cat([batch.tensors[0] for batch in batches])])
         return [list(parts) for parts in zip(*(o.split(sizes) for o in outputs), strict=True)]
+
+    def read(self, path: Path) -> FileCost:
+        """Bits from the `Quant` nodes, multiply-accumulates from shapes."""
+        return read_onnx(path)
 
 
 def _executed(model: Any, tensors: list[Tensor]) -> list[Tensor]:
