@@ -115,7 +115,7 @@ def other_quantizers(result: Result) -> list[str]:
 
 
 def _quantizer_table(result: Result, names: list[str]) -> Table:
-    table = Table(title="Quantized for adds, joins, pools and outputs", title_justify="left")
+    table = Table(title="For adds, joins, pools and outputs", title_justify="left")
     for column in ("quantizer", "elements", "bits", "range"):
         table.add_column(column, justify="left" if column == "quantizer" else "right")
     for name in names:

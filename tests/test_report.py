@@ -88,7 +88,7 @@ def test_mixed_bits_are_shown_as_their_range_and_mean() -> None:
 
 def test_operands_of_sums_have_a_table_of_their_own() -> None:
     table = str(result_of("residual"))
-    assert "Quantized for adds, joins, pools and outputs" in table
+    assert "For adds, joins, pools and outputs" in table
     assert row(table, "conv2d_2")[1] == "144"  # 4 channels of 6 x 6
 
 
