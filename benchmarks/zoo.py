@@ -99,7 +99,7 @@ def train(
 ) -> tuple[set[str], list[float]]:
     """Three steps: the names of the parameters that moved, and the loss before each and at last."""
     model.train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses = []
     for step in range(4):

@@ -123,8 +123,8 @@ def _node_to_json(node: Node) -> dict[str, Any]:
     }
     if EXAMPLE in node.meta:
         like = node.meta[EXAMPLE]
-        kind = [list(like.shape), _to_json(like.dtype, node)] if isinstance(like, Like) else like
-        row["example"] = _to_json(kind, node)
+        value = [list(like.shape), like.dtype] if isinstance(like, Like) else like
+        row["example"] = _to_json(value, node)
     return row
 
 

@@ -49,7 +49,7 @@ from cgmq_fx.passes.normalise import (
 )
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.passes.scheme import Scheme
-from cgmq_fx.passes.shapes import PropagateShapes
+from cgmq_fx.passes.shapes import CompleteShapes, PropagateShapes
 from cgmq_fx.passes.wrappers import InlineRegions
 from cgmq_fx.presets import TargetLike, deployment
 from cgmq_fx.result import Result
@@ -264,10 +264,11 @@ def float_graph(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Ca
         CaptureError: If the model cannot be captured.
     """
     with TURN:
-        return _float_graph(capture(model, inputs))
+        return normalised(capture(model, inputs))
 
 
-def _float_graph(captured: Captured) -> Captured:
+def normalised(captured: Captured) -> Captured:
+    """A captured model in its one canonical form, in place."""
     passes = [
         InlineRegions(),
         MergeState(),
@@ -280,7 +281,7 @@ def _float_graph(captured: Captured) -> Captured:
         DecomposeAttention(),
         DecomposeComplex(),
         SwitchModes(),
-        PropagateShapes(captured.inputs),
+        CompleteShapes(captured.inputs),
     ]
     return replace(captured, module=run_passes(captured.module, passes))
 
@@ -295,7 +296,7 @@ def quantized_graph(captured: Captured, scheme: Scheme) -> tuple[GraphModule, Gr
     passes = [
         InsertQuantizers(scheme, batched=batch is not None),
         QuantizeBiases(),
-        PropagateShapes(captured.inputs),
+        CompleteShapes(captured.inputs),
     ]
     module = run_passes(captured.module, passes)
     return module, annotate(module, batch or 1)

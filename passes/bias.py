@@ -58,13 +58,19 @@ def _call(module: GraphModule, node: Node, key: Key) -> Node:
     """The node that calls the bias quantizer named after `node`."""
     bias, *quantizers = key
     steps = [
-        module.graph.get_attr(f"{QUANTIZERS}.{name}.{tensor}")
+        _read(module, f"{QUANTIZERS}.{name}.{tensor}")
         for name in quantizers
         for tensor in ("log_range", "bits")
     ]
     call = module.graph.call_module(f"{BIASES}.{node.name}", (bias, *steps))
     call.meta = {"val": bias.meta["val"]} if "val" in bias.meta else {}
     return call
+
+
+def _read(module: GraphModule, target: str) -> Node:
+    node = module.graph.get_attr(target)
+    node.meta["val"] = tensor_at(module, target)
+    return node
 
 
 def align_signs(module: GraphModule) -> None:

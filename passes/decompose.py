@@ -1,8 +1,8 @@
 """Composite ops that multiply inside, written out as the products that they are.
 
-Recurrent layers become their cells, unrolled over the time steps of the example inputs; `einsum`
-and `bilinear` become matrix products. Each op's own decomposition in torch is traced and put in its
-place.
+Recurrent layers become their cells, unrolled over the time steps of the example inputs; `einsum`,
+`bilinear`, `tensordot` and their like become matrix products. Each op's own decomposition in torch,
+or the one of `products`, is traced and put in its place.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.passes.infra import Pass, PassResult
+from cgmq_fx.passes.products import WRITTEN_OUT
 from cgmq_fx.passes.state import tensor_at, value_of
 
 _ATEN = torch.ops.aten
@@ -36,21 +37,14 @@ COMPOSITE = frozenset(
         _ATEN.rnn_tanh_cell.default,
         _ATEN.rnn_relu_cell.default,
         _ATEN.einsum.default,
-        _ATEN.bilinear.default,
+        _ATEN.tensordot.default,
+        _ATEN.linalg_multi_dot.default,
+        _ATEN.chain_matmul.default,
+        _ATEN.matrix_power.default,
+        _ATEN.linalg_matrix_power.default,
+        *WRITTEN_OUT,
     }
 )
-
-
-def _bilinear(first: Tensor, second: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`y_o = sum_ij x_i W_oij z_j`: a linear layer over i, then a product with z over j."""
-    outputs, inner, other = weight.shape
-    flat = weight.transpose(1, 2).reshape(outputs * other, inner)
-    rows = torch.nn.functional.linear(first, flat).unflatten(-1, (outputs, other))
-    result = torch.matmul(rows, second.unsqueeze(-1)).squeeze(-1)
-    return result if bias is None else result + bias
-
-
-_OWN: dict[Any, Callable[..., Any]] = {_ATEN.bilinear.default: _bilinear}
 
 
 @contextmanager
@@ -69,10 +63,10 @@ def _traced(node: Node) -> tuple[GraphModule, list[Node]]:
     leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Node)]
     target: Any = node.target
-    in_python = target in decomposition_table or target in _OWN
+    in_python = target in decomposition_table or target in WRITTEN_OUT
     function: Callable[..., Any] = target.decompose
     if in_python:
-        function = _OWN.get(target) or decomposition_table[target]
+        function = WRITTEN_OUT.get(target) or decomposition_table[target]
     values = [value_of(leaf) if isinstance(leaf, Node) else leaf for leaf in leaves]
 
     def call(*tensors: Any) -> Any:
@@ -131,7 +125,7 @@ def _replace(node: Node, output: Any) -> None:
 
 @dataclass(frozen=True)
 class DecomposeComposite(Pass):
-    """Write out recurrent layers, `einsum` and `bilinear` as linear layers and matrix products.
+    """Write out recurrent layers, `einsum`, `bilinear` and their like as matrix products.
 
     Before: a captured graph with the values that torch.export recorded. After: none of these ops is
     left; the values are equal to rounding. The number of time steps is that of the example inputs.

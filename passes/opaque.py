@@ -129,6 +129,7 @@ class Example:
         result: What it returned.
         batch: The batch size of the example, or None.
         macs: Multiply-accumulates of the whole batch, by torch's counter.
+        trains: Whether it returns the same structure in training mode; detectors do not.
     """
 
     path: str
@@ -136,6 +137,7 @@ class Example:
     result: Any
     batch: int | None
     macs: int
+    trains: bool
 
     @property
     def outputs(self) -> list[Tensor]:
@@ -176,6 +178,14 @@ class OpaqueCall(nn.Module):
         self._tensors = tensors
         self._like = [(tuple(t.shape), t.dtype) for t in call.example.outputs]
         self._results = take(call.example.result, ([], []))
+        self._trains = call.example.trains
+
+    def train(self, mode: bool = True) -> OpaqueCall:
+        """Switch modes, unless the module returns something else while it trains."""
+        super().train(mode)
+        if not self._trains:
+            self.inner.eval()
+        return self
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters and buffers of the user's module, named as in the user's model."""
@@ -272,8 +282,18 @@ class _StandIn(nn.Module):
             result = self.inner(*args, **kwargs)
         macs = counter.get_total_flops() // 2
         own = copy.deepcopy(result)
-        self._examples.append(Example(self._path, self.inner, own, self._batch, macs))
+        trains = _same_when_training(self.inner, args, kwargs, take(own, ([], [])))
+        self._examples.append(Example(self._path, self.inner, own, self._batch, macs, trains))
         return result
+
+
+def _same_when_training(module: nn.Module, args: Any, kwargs: Any, like: Template) -> bool:
+    try:
+        args, kwargs = copy.deepcopy((args, kwargs))
+        result = copy.deepcopy(module).train()(*args, **kwargs)
+    except Exception:  # noqa: BLE001 - whatever it misses in training mode, it cannot be had here
+        return False
+    return take(result, ([], [])).same(like)
 
 
 @contextmanager

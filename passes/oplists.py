@@ -117,6 +117,7 @@ FREE = (
     _weight_norm _weight_norm_interface max_unpool2d pad_sequence bucketize searchsorted
     log_sigmoid_forward is_floating_point sym_is_contiguous isclose count_nonzero std_ floor_
     softmin __and__ __or__ __xor__ __lshift__ __rshift__
+    kron cross linalg_cross
     heaviside amin aminmax cummax cummin logaddexp hypot square frac deg2rad rad2deg
     """
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -25,6 +26,7 @@ from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.guard import WorkGuard, check_arithmetic, check_value
 from cgmq_fx.passes.infra import Pass, PassResult
 from cgmq_fx.passes.inputs import ExampleInputs
+from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer
 
 EXAMPLE = "cgmq_example"
 """The `node.meta` key of what an op returned for the example inputs: a number or a `Like`."""
@@ -73,6 +75,28 @@ class PropagateShapes(Pass):
             kind(module, mode).run(*fake, enable_io_processing=False)
 
 
+@dataclass(frozen=True)
+class CompleteShapes(Pass):
+    """Record the shapes and dtypes of nodes that were added since `PropagateShapes`.
+
+    Before: a graph where that pass has been, and others behind it. After: every node has its
+    `meta["val"]`; where one was known it is kept, which saves most of the work in large graphs.
+    """
+
+    inputs: ExampleInputs
+
+    def run(self, module: GraphModule) -> PassResult:
+        """Interpret what is new, on the fake tensors that are there."""
+        values = [node.meta.get("val") for node in module.graph.nodes]
+        mode = detect_fake_mode(values)
+        if mode is None:
+            return PropagateShapes(self.inputs).run(module)
+        leaves = [None] * len(module.graph.find_nodes(op="placeholder"))
+        with torch.no_grad():
+            _Completer(module, mode).run(*leaves, enable_io_processing=False)
+        return PassResult(module, modified=False)
+
+
 class _Propagator(FakeTensorProp):
     """FakeTensorProp for inputs that are fake already, and state that must not be written to."""
 
@@ -84,6 +108,14 @@ class _Propagator(FakeTensorProp):
         value = super().get_attr(target, args, kwargs)
         return self._mode.from_tensor(value) if isinstance(value, Tensor) else value
 
+    def call_module(
+        self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        owner = self.fetch_attr(str(target))
+        if isinstance(owner, Quantizer | BiasQuantizer):
+            return args[0]  # of the same shape and dtype; running it would be most of the work
+        return super().call_module(target, args, kwargs)
+
     def run_node(self, n: Node) -> Any:
         try:
             return super().run_node(n)
@@ -94,6 +126,13 @@ class _Propagator(FakeTensorProp):
             value = torch.empty(like.shape, dtype=like.dtype) if isinstance(like, Like) else like
             n.meta["val"] = value
             return value
+
+
+class _Completer(_Propagator):
+    """The same, keeping what is known."""
+
+    def run_node(self, n: Node) -> Any:
+        return n.meta["val"] if "val" in n.meta else super().run_node(n)
 
 
 class _GuardedPropagator(_Propagator):

@@ -228,3 +228,37 @@ def test_a_graph_with_values_of_its_inputs_survives_a_file(tmp_path: Any) -> Non
     loaded = cgmq_fx.load(result.save(tmp_path / "model.safetensors"))
     assert torch.equal(loaded.model(x, lengths), result.model(x, lengths))
     assert loaded.cost.facts.assumptions == result.cost.facts.assumptions
+
+
+class Selects(nn.Module):
+    """The number of selected rows depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y[y.sum(-1) > 0].sum(0)
+
+
+def test_sizes_that_depend_on_values_survive_a_file(tmp_path: Any) -> None:
+    x = torch.randn(16, 8)
+    result = cgmq_fx.prepare(Selects(), "bops <= 50%", x).finalize()
+    loaded = cgmq_fx.load(result.save(tmp_path / "model.safetensors"))
+    assert torch.equal(loaded.model(x), result.model(x))
+
+
+class Detects(nn.Module):
+    """Returns losses in training mode, as detectors do."""
+
+    def forward(self, x: Tensor, targets: Any = None) -> Any:
+        if self.training:
+            return {"loss": (x - targets["boxes"]).sum()}
+        return x if float(x.detach().sum()) > -1e9 else -x
+
+
+def test_what_returns_something_else_in_training_stays_in_evaluation_mode() -> None:
+    prepared = cgmq_fx.prepare(Block(Detects()), "bops <= 99%", torch.randn(4, 8))
+    prepared.model.train()
+    assert prepared.model(torch.randn(5, 8)).shape == (5, 8)
