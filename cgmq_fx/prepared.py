@@ -264,7 +264,10 @@ def float_graph(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Ca
         CaptureError: If the model cannot be captured.
     """
     with TURN:
-        return normalised(capture(model, inputs))
+        found = normalised(capture(model, inputs))
+    if isinstance(model, nn.Module):
+        found.module.train(model.training)
+    return found
 
 
 def normalised(captured: Captured) -> Captured:

@@ -194,3 +194,14 @@ def test_what_cannot_be_captured_is_said(
 def test_results_that_a_module_keeps_are_copied() -> None:
     x = torch.randn(2, 5)
     torch.testing.assert_close(float_graph(KeepsResult(), ExampleInputs((x,))).module(x), 2 * x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_graph_is_in_the_mode_of_the_model(training: bool) -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.Dropout(0.5)).train(training)
+    x = torch.ones(2, 5)
+    graph = float_graph(model, ExampleInputs((x,))).module
+    torch.manual_seed(0)
+    expected = model(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(graph(x), expected)

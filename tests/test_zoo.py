@@ -100,7 +100,7 @@ ZOO: dict[str, Callable[[], Made]] = {
     "squeezenet": vision("squeezenet1_1", 64),
     "googlenet": vision("googlenet", 96, aux_logits=False, init_weights=False),
     "vit": timm("vit_tiny_patch16_224", 64, img_size=64, depth=2),
-    "mixer": timm("mixer_s32_224", 64, img_size=64, num_blocks=2),
+    "mixer": timm("mixer_s32_224", 64, img_size=64),
     "convnext": timm("convnext_atto", 64, depths=(1, 1, 1, 1)),
     "bert": encoder,
     "gpt2": transformer(
