@@ -78,6 +78,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     result.save(options.out / "lenet5.safetensors")
     (options.out / "report.json").write_text(json.dumps(result.report(), indent=1))
+    result.to_html(options.out / "report.html")
     result.plot(options.out)
     console.print(
         f"wrote {options.out}/ after {time.perf_counter() - start:.0f} s", highlight=False

@@ -1,8 +1,8 @@
 """Runs the code of Markdown pages as they stand.
 
 A comment on the line before a block changes what happens with it: `<!-- no-run -->` leaves it out,
-`<!-- file: NAME -->` writes it to a file, `<!-- requires: MODULE -->` leaves it out, with all that
-follow, where that package is not installed.
+`<!-- file: NAME -->` writes it to a file, `<!-- requires: MODULE -->` leaves it out where that
+package is not installed.
 """
 
 from __future__ import annotations
@@ -54,9 +54,7 @@ def python_code(markdown: str) -> str:
     """The Python blocks that run, each line at its own line number."""
     code = ""
     for block in blocks_of(markdown):
-        if block.note == "requires" and find_spec(block.value or "") is None:
-            break
-        if block.language == "python" and block.note not in ("no-run", "file"):
+        if block.language == "python" and _runs(block):
             code += "\n" * (block.line - code.count("\n")) + block.code
     return code
 
@@ -66,10 +64,16 @@ def commands(markdown: str) -> list[list[str]]:
     lines = [
         line
         for block in blocks_of(markdown)
-        if block.language == "sh" and block.note != "no-run"
+        if block.language == "sh" and _runs(block)
         for line in block.code.replace("\\\n", " ").splitlines()
     ]
     return [shlex.split(line)[1:] for line in lines if line.startswith("cgmq-fx ")]
+
+
+def _runs(block: Block) -> bool:
+    if block.note == "requires":
+        return find_spec(block.value or "") is not None
+    return block.note is None
 
 
 def write_files(markdown: str, folder: Path) -> None:

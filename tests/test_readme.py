@@ -19,35 +19,30 @@ from tests.markdown import blocks_of, commands, python_code, run_python, write_f
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES.remove(ROOT / "docs" / "pypi.md")  # for people who have nothing installed
-WITH_PYTHON = [page for page in PAGES if python_code(page.read_text())]
-WITH_COMMANDS = [page for page in PAGES if commands(page.read_text())]
+WITH_CODE = [p for p in PAGES if python_code(p.read_text()) or commands(p.read_text())]
 
 
 def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
-def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
+def test_every_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First the Python blocks, in one module; then the commands, which see what these wrote."""
     if page.name == "tutorial.md":
         pytest.importorskip("onnxscript", reason="the tutorial exports to ONNX")
     monkeypatch.chdir(tmp_path)
-    run_python(page, monkeypatch)
-
-
-@pytest.mark.parametrize("page", WITH_COMMANDS, ids=name_of)
-def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
     write_files(page.read_text(), tmp_path)
+    run_python(page, monkeypatch)
     for words in commands(page.read_text()):
         result = CliRunner().invoke(main, words)
         assert result.exit_code == 0, (words, result.output)
 
 
 def test_the_pages_that_are_worth_running_are_found() -> None:
-    assert ROOT / "README.md" in WITH_PYTHON
-    assert ROOT / "docs" / "tutorial.md" in WITH_PYTHON
-    assert ROOT / "docs" / "howto" / "command-line.md" in WITH_COMMANDS
+    assert ROOT / "README.md" in WITH_CODE
+    assert python_code((ROOT / "docs" / "tutorial.md").read_text())
+    assert len(commands((ROOT / "docs" / "howto" / "command-line.md").read_text())) == 6
 
 
 @pytest.mark.parametrize(
