@@ -38,6 +38,7 @@ from cgmq_fx.checkpoint import NEWEST, PREVIOUS, CheckpointStore
 from cgmq_fx.history import StepRecord
 
 console = Console(highlight=False)
+MOST_MIB = 200
 FORK = multiprocessing.get_context("fork")
 
 
@@ -207,11 +208,12 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.task == "fuzz":
         wanted = options.loader or sorted(LOADERS)
-        reports = [fuzz(name, options.count, options.seed) for name in wanted]
-        for report in reports:
+        good = True
+        for name in wanted:
+            report = fuzz(name, options.count, options.seed)
             console.print(json.dumps(report))
-        good = all(not r["crashes"] and not r["hangs"] and not r["unexpected"] for r in reports)
-        good = good and all(r["peak_mib"] <= 200 for r in reports)
+            failed = report["crashes"] or report["hangs"] or report["unexpected"]
+            good = good and not failed and report["peak_mib"] <= MOST_MIB
     elif options.task == "configs":
         good = run_configurations(options.count, options.seed, console)
     else:

@@ -7,6 +7,9 @@ that what needs no PyTorch, such as `cgmq-fx --help`, does not wait for it.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from cgmq_fx.requirements import check_torch
+
+check_torch()
 if TYPE_CHECKING:
     from cgmq_fx.api import *  # noqa: F403
 else:

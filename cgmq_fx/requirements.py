@@ -1,0 +1,26 @@
+"""What has to be installed, checked before it is loaded: an old PyTorch fails in odd ways."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+OLDEST_TORCH = (2, 11)
+
+
+def check_torch() -> None:
+    """Check the version of PyTorch, without loading it.
+
+    Raises:
+        ImportError: If it is too old.
+    """
+    try:
+        found = version("torch")
+    except PackageNotFoundError:
+        return  # a build without metadata, or none: importing it tells
+    parts = found.split(".")[:2]
+    if all(part.isdigit() for part in parts) and tuple(map(int, parts)) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise ImportError(
+            f"cgmq_fx needs PyTorch {oldest} or newer, and {found} is installed; "
+            f"run: python -m pip install 'torch>={oldest}'"
+        )
