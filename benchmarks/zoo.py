@@ -25,15 +25,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import cgmq_fx
-from cgmq_fx.passes.copying import copy_model
+from cgmq_fx.passes.copying import copy_graph, copy_model
 from cgmq_fx.passes.inputs import ExampleInputs
 from cgmq_fx.prepared import float_graph
 
 _TIME = 600
+_RATES = (1e-4, 1e-5, 1e-6, 1e-7)
 console = Console()
 
 
@@ -95,11 +97,15 @@ def call(model: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 def train(
-    model: nn.Module, args: Any, kwargs: Any, after: Callable[[], None] = lambda: None
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    rate: float,
+    after: Callable[[], None] = lambda: None,
 ) -> tuple[set[str], list[float]]:
     """Three steps: the names of the parameters that moved, and the loss before each and at last."""
     model.train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses = []
     for step in range(4):
@@ -113,6 +119,15 @@ def train(
             after()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     return moved, losses
+
+
+def learning_rate(graph: GraphModule, args: Any, kwargs: Any) -> tuple[float, set[str]]:
+    """A learning rate at which the loss of the float graph falls, and what moves then."""
+    for rate in _RATES:
+        moved, losses = train(copy_graph(graph), args, kwargs, rate)
+        if losses[-1] < losses[0]:
+            break
+    return rate, moved
 
 
 def run(zoo: ModuleType, name: str) -> dict[str, Any]:
@@ -143,7 +158,7 @@ def _stages(record: dict[str, Any], zoo: ModuleType, name: str) -> None:
     graph = captured.module.eval()
     with torch.no_grad():
         record["difference"] = difference(call(graph, args, kwargs), expected)
-    in_float, _ = train(graph, args, kwargs)
+    rate, in_float = learning_rate(graph, args, kwargs)
     record["stage"] = "prepare"
     inputs = ExampleInputs(args, kwargs)
     prepared = cgmq_fx.prepare(model, "bops <= 25%", inputs)
@@ -153,7 +168,7 @@ def _stages(record: dict[str, Any], zoo: ModuleType, name: str) -> None:
     record.update(macs=facts.macs * batch, quantized=sum(quantized) * batch)
     record.update(unknown=facts.unknown, opaque=facts.opaque, assumptions=facts.assumptions)
     record["stage"] = "train"
-    moved, losses = train(prepared.model, args, kwargs, prepared.step)
+    moved, losses = train(prepared.model, args, kwargs, rate, prepared.step)
     record.update(before=losses[0], after=losses[-1], stuck=sorted(in_float - moved)[:5])
     record["stage"] = "finalize"
     result = prepared.finalize()

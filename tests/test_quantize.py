@@ -159,11 +159,14 @@ def test_without_labels_the_float_model_is_imitated() -> None:
         epochs=60,
         optimizer=lambda groups: torch.optim.Adam([{**g, "lr": 0.01} for g in groups]),
     )
-    tuned = [epoch.loss for epoch in result.history.epochs if epoch.phase == "tune"]
-    assert tuned[-1] < 0.7 * tuned[0]
     expected = model(*inputs).detach()
-    error = (result.model(*inputs).detach() - expected).square().mean() / expected.square().mean()
-    assert float(error) == pytest.approx(tuned[-1], rel=0.2)
+
+    def error(found: cgmq_fx.Result) -> float:
+        gap = found.model(*inputs).detach() - expected
+        return float(gap.square().mean() / expected.square().mean())
+
+    assert error(result) < 0.02  # all at 4 bits: rounding alone leaves about as much
+    assert error(result) == pytest.approx(result.history.epochs[-1].loss, rel=0.2)
 
 
 def test_without_epochs_ranges_and_bits_are_chosen_all_the_same() -> None:
