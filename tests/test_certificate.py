@@ -70,12 +70,12 @@ def test_a_file_costs_what_the_graph_costs(
 def test_a_file_never_costs_more_than_the_graph(
     name: str, scheme: str, file: Callable[..., Path]
 ) -> None:
-    """Codes that need fewer bits than their gates allow, and tensors that are stored once."""
+    """Codes that need fewer bits than their gates allow, and rounding in front of what moves."""
     result = deployed(name, scheme)
     expected = count(result.model, result.inputs, parse_budget(EVERYTHING)).states
     found = verify_file(file(name, scheme), EVERYTHING).states
     for own, other in zip(found, expected, strict=True):
-        assert 0.8 * other.value <= own.value <= other.value
+        assert 0.5 * other.value <= own.value <= other.value
 
 
 def test_the_certificate_lies_beside_the_file(file: Callable[..., Path]) -> None:

@@ -3,7 +3,8 @@
 Written by torch.onnx; the two ops of a lowered graph are translated here, and nothing else. What
 makes onnxruntime run integer kernels was measured: explicit zero points everywhere, unsigned
 containers for activations that go below zero, and a Clip on the codes where a grid has fewer codes
-than its container. (A runtime ignores limits that are not written out like this.)
+than its container. (A runtime ignores limits that are not written out like this.) Slices, pads and
+pools between codes on both sides run on bytes, which made ResNet-20 a tenth faster.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ from cgmq_fx.cost_models.errors import ExportError
 from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_exporter
 from cgmq_fx.exporters.onnx_reader import read_onnx
 from cgmq_fx.exporters.program import exported_program, quiet
+from cgmq_fx.passes.absorb import AbsorbClamps
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.codes import DEQUANTIZE, QUANTIZE
+from cgmq_fx.passes.contain import HoistCodes, SurroundOps
+from cgmq_fx.passes.copying import copy_graph
+from cgmq_fx.passes.infra import run_passes
 
 OPSET = 21
 """The first one with 16-bit containers; onnxruntime refuses the newest that onnx writes."""
@@ -80,7 +85,9 @@ def to_onnx(source: Source, opset: int = OPSET) -> Any:
     Raises:
         ExportError: If torch.onnx has no translation of an op.
     """
-    program = exported_program(source.lowered_with_offset, source.inputs)
+    module = copy_graph(source.lowered_with_offset)
+    module = run_passes(module, [HoistCodes(), AbsorbClamps(), SurroundOps()])
+    program = exported_program(module, source.inputs)
     try:
         with quiet():
             exported = torch.onnx.export(
