@@ -65,6 +65,7 @@ def quantize(
     seed: int = 0,
     start: Result | None = None,
     checkpoint: str | Path | Checkpoint | None = None,
+    compile: bool | str = False,
 ) -> Result:
     """Quantize a model so that it costs at most what the budget says.
 
@@ -94,6 +95,9 @@ def quantize(
             often. The same call resumes it and ends with the same result, bit by bit, as if it had
             not been interrupted, if the data comes in the same order; a finished run is not
             trained again.
+        compile: Whether to train through `torch.compile`, or the name of its backend. It compiles
+            for training, for evaluation, and once more when bit-widths freeze; gates that move
+            compile nothing again.
 
     Returns:
         The result; its cost was counted again on the finished model.
@@ -136,8 +140,9 @@ def quantize(
         if start is not None:
             prepared.start_from(start)
         prepared.calibrate(data)
+        backend = "inductor" if compile is True else compile or None
         listeners = [*callbacks, *([Progress()] if progress else [])]
-        run = Run(prepared, teacher, loss, metric, optimizer, steps, search, listeners)
+        run = Run(prepared, teacher, loss, metric, optimizer, steps, search, listeners, backend)
         if checkpoint is not None:
             run.resume(checkpoint, identity, (data, val_data))
         return run.train(data, val_data, epochs)

@@ -10,6 +10,7 @@ from torch import Tensor, distributed
 from cgmq_fx.cost_models import Role
 from cgmq_fx.cost_models.errors import OptionError
 from cgmq_fx.passes.kernel import Statistic
+from cgmq_fx.passes.processes import process_count
 from cgmq_fx.passes.quantizer import Quantizer
 
 _LARGE = 3e38
@@ -126,9 +127,7 @@ def _powers(quantizers: Sequence[Quantizer], sizes: Sequence[int], statistic: St
 
 def _across_processes(rows: Tensor, power: Tensor) -> Tensor:
     """The statistic of the whole batch, the same in every process."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return rows
-    count = distributed.get_world_size()
+    count = process_count()
     if count == 1:
         return rows
     distributed.all_reduce(rows)

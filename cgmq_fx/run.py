@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -63,9 +63,13 @@ class Run:
         steps: int,
         search: int,
         listeners: Sequence[Callback],
+        backend: str | None = None,
     ) -> None:
         self.prepared = prepared
         self.model = prepared.model
+        self.forward: nn.Module = self.model
+        if backend is not None:
+            self.forward = cast(nn.Module, torch.compile(self.model, backend=backend))
         self.teacher = teacher
         self.loss = loss
         self.metric = metric
@@ -192,7 +196,7 @@ class Run:
             raise DataError(
                 f"train_data had no batches in epoch {at.epoch}; it must be re-iterable"
             )
-        metrics = {} if val_data is None else self._evaluate(self.model, val_data)
+        metrics = {} if val_data is None else self._evaluate(self.forward, val_data)
         record = EpochRecord(
             at.epoch,
             self.prepared.phase,
@@ -223,7 +227,7 @@ class Run:
 
     def _update(self, batch: Batch, number: int) -> tuple[Tensor, float | None]:
         """Forward, backward and optimizer; the loss, and its value where it is read."""
-        value = self._loss(self._call(self.model, batch.inputs), batch)
+        value = self._loss(self._call(self.forward, batch.inputs), batch)
         read = self.device.type == "cpu" or number % _CHECK_EVERY == 0
         loss = float(value.detach()) if read else None
         if loss is not None and not isfinite(loss):
@@ -265,7 +269,7 @@ class Run:
             raise DataError(f"loss(output, target) must return a tensor, not {shapes_of(value)}")
         return value
 
-    def _call(self, model: GraphModule, inputs: ExampleInputs) -> Any:
+    def _call(self, model: nn.Module, inputs: ExampleInputs) -> Any:
         try:
             return model(*inputs.args, **inputs.kwargs)
         except torch.OutOfMemoryError:
@@ -295,7 +299,7 @@ class Run:
         return batch.to(self.device)
 
     @torch.no_grad()
-    def _evaluate(self, model: GraphModule, data: Iterable[Any]) -> dict[str, float]:
+    def _evaluate(self, model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
         model.eval()
         means = Means()
         for raw in data:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.grid import PASS_THROUGH, finest_step, power_of_two_range
 from cgmq_fx.passes.kernel import Statistic, fake_quantize
+from cgmq_fx.passes.processes import average_across_processes
 
 _INT32_CODES = 2147483520.0  # the largest float32 below 2^31
 
@@ -95,6 +96,8 @@ class Quantizer(nn.Module):
             self.spec.batched,
             int(self.statistic),
         )
+        if self.probe is not None and self.spec.role is Role.WEIGHT and y.requires_grad:
+            average_across_processes(y)
         return y
 
     def observe(self, statistic: Statistic) -> None:

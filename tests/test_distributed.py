@@ -1,0 +1,69 @@
+"""Two processes train like one on the same global batch; sharded parameters are refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+import cgmq_fx
+
+STEPS = 12
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+
+
+def trained(rank: int, count: int) -> dict[str, Any]:
+    """What a search looked like, on this process's part of every batch."""
+    generator = torch.Generator().manual_seed(1)
+    data = [
+        (torch.rand(16, 1, 8, 8, generator=generator), torch.randint(3, (16,), generator=generator))
+        for _ in range(STEPS)
+    ]
+    run = cgmq_fx.prepare(net(), "bops <= 2%", data[0][0], search_steps=STEPS)
+    run.calibrate(data)
+    model: nn.Module = DistributedDataParallel(run.model) if count > 1 else run.model
+    optimizer = torch.optim.SGD(run.model.parameters(), 1e-2)
+    levels = []
+    for inputs, target in data:
+        optimizer.zero_grad()
+        part = slice(rank * 16 // count, (rank + 1) * 16 // count)
+        cross_entropy(model(inputs[part]), target[part]).backward()
+        optimizer.step()
+        run.step()
+        levels.append(torch.from_numpy(run.controller.levels.copy()))
+    return {
+        "levels": torch.stack(levels),
+        "sensitivity": run.controller.sensitivity,
+        "state": {n: t for n, t in run.model.state_dict().items() if t.is_floating_point()},
+    }
+
+
+def work(rank: int, count: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count
+    )
+    torch.save(trained(rank, count), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")  # of the processes' start
+def test_two_processes_train_like_one(tmp_path: Path) -> None:
+    spawn(work, (2, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    alone = trained(0, 1)
+    assert len(alone["levels"].unique(dim=0)) > 2
+    for other in (second, alone):
+        assert torch.equal(first["levels"], other["levels"])
+    assert torch.equal(first["sensitivity"], second["sensitivity"])
+    torch.testing.assert_close(first["sensitivity"], alone["sensitivity"], rtol=1e-3, atol=0)
+    torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
+    torch.testing.assert_close(first["state"], alone["state"], rtol=1e-4, atol=1e-5)
