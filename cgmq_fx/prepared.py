@@ -48,6 +48,7 @@ from cgmq_fx.passes.normalise import (
     SwitchModes,
 )
 from cgmq_fx.passes.quantizer import Quantizer
+from cgmq_fx.passes.recompute import recompute_rounded
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.passes.shapes import CompleteShapes, PropagateShapes
 from cgmq_fx.passes.wrappers import InlineRegions
@@ -87,6 +88,7 @@ class Prepared:
         self._search_steps = search_steps
         self._start: Assignment | None = None
         self.model, self.facts = quantized_graph(captured, scheme)
+        recompute_rounded(self.model)
         check_cost_models(self.facts, budget)
         check_feasible(self.facts, budget)
         references = Ledger(self.facts, budget, lowest_bits(self.facts)).references

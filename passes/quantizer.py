@@ -13,6 +13,7 @@ from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.grid import PASS_THROUGH, finest_step, power_of_two_range
 from cgmq_fx.passes.kernel import Statistic, fake_quantize
 from cgmq_fx.passes.processes import average_across_processes
+from cgmq_fx.passes.recompute import remember
 
 _INT32_CODES = 2147483520.0  # the largest float32 below 2^31
 
@@ -86,16 +87,20 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The rounded tensor, of the same shape and dtype."""
+        limit, bits = self.limit, self.bits
         y: Tensor = fake_quantize(
             x,
-            self.limit,
-            self.bits,
+            limit,
+            bits,
             self.adjacent,
             self.probe if torch.is_grad_enabled() else None,
             self.signed,
             self.spec.batched,
             int(self.statistic),
         )
+        if not torch.compiler.is_compiling() and y.requires_grad:
+            value, signed = (x.detach(), limit.detach(), bits), self.signed
+            remember(y, lambda: fake_quantize(*value, None, None, signed, False, 0))
         if self.probe is not None and self.spec.role is Role.WEIGHT and y.requires_grad:
             average_across_processes(y)
         return y

@@ -57,7 +57,7 @@ def work(rank: int, count: int, folder: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of the processes' start
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
-    spawn(work, (2, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
+    spawn(work, (2, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     alone = trained(0, 1)
     assert len(alone["levels"].unique(dim=0)) > 2
