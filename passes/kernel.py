@@ -61,7 +61,7 @@ def fake_quantize(
     """Round `x` to the grid of range `limit` at `bits`.
 
     Straight-through gradient inside the range, zero outside; the range gets the gradient of LSQ
-    (Esser et al., ICLR 2020) scaled by `1/sqrt(elements per range and sample * highest code)`.
+    (Esser et al., ICLR 2020) scaled by `1/sqrt(elements per range * highest code)`.
 
     Args:
         x: Any shape, floating point.

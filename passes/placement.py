@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from cgmq_fx.passes.processes import process_count
+
 
 class Places(NamedTuple):
     """How the values of a parameter repeat along a tensor in memory.
@@ -67,6 +69,6 @@ def nested(a: Places, b: Places) -> bool:
 
 
 def per_range(x: Tensor, limit: Tensor, batched: bool) -> float:
-    """Elements per range, of one sample where dimension 0 is the batch; at least 1 in all."""
-    samples = x.shape[0] if batched and x.dim() else 1
-    return max(x.numel(), 1) / max(samples, 1) / max(limit.numel(), 1)
+    """Elements per range, at least 1; where `x` is a part of a batch, those of the whole batch."""
+    parts = process_count() if batched else 1
+    return max(x.numel(), 1) * parts / max(limit.numel(), 1)

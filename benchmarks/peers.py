@@ -1,0 +1,90 @@
+"""Other ways of quantization-aware training at 8 bits, to be timed side by side.
+
+Each replaces the convolutions and linear layers of a model, with quantizers on their weights and
+inputs; what else is computed stays float. This library quantizes more: products of two
+activations and both sides of additions.
+"""
+
+import copy
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CODES = 127
+
+
+class _Layer(nn.Module):
+    """A layer whose weight and input go through learnable fake quantization."""
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, quantize: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.quantize = quantize
+        self.scales = nn.Parameter(torch.tensor([float(layer.weight.detach().std()) / 32, 0.02]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, (weight_scale, scale) = self.layer, self.scales.split(1)
+        weight, x = self.quantize(layer.weight, weight_scale), self.quantize(x, scale)
+        if isinstance(layer, nn.Linear):
+            return nn.functional.linear(x, weight, layer.bias)
+        return layer._conv_forward(x, weight, layer.bias)
+
+
+def _aten(x: Tensor, scale: Tensor) -> Tensor:
+    zero = torch.zeros(1)
+    return torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero, -_CODES, _CODES, 1.0)
+
+
+def _composite(x: Tensor, scale: Tensor) -> Tensor:
+    codes = (x / scale).clamp(-_CODES, _CODES)
+    return (codes + (codes.round() - codes).detach()) * scale
+
+
+def _brevitas(layer: nn.Conv2d | nn.Linear) -> nn.Module:
+    import brevitas.nn as qnn
+    from brevitas.quant import Int8ActPerTensorFloat
+
+    common: dict[str, Any] = {
+        "bias": layer.bias is not None,
+        "input_quant": Int8ActPerTensorFloat,
+    }
+    if isinstance(layer, nn.Linear):
+        made = qnn.QuantLinear(layer.in_features, layer.out_features, **common)
+    else:
+        made = qnn.QuantConv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            stride=layer.stride,
+            padding=layer.padding,
+            groups=layer.groups,
+            **common,
+        )
+    made.load_state_dict(layer.state_dict(), strict=False)
+    result: nn.Module = made
+    return result
+
+
+PEERS: dict[str, Callable[[nn.Conv2d | nn.Linear], nn.Module]] = {
+    "aten": lambda layer: _Layer(layer, _aten),
+    "composite": lambda layer: _Layer(layer, _composite),
+    "brevitas": _brevitas,
+}
+
+
+def installed(peer: str) -> bool:
+    """Whether a peer can be measured here."""
+    return peer != "brevitas" or find_spec("brevitas") is not None
+
+
+def converted(model: nn.Module, peer: str) -> nn.Module:
+    """A copy of `model` in which a peer quantizes convolutions and linear layers."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Conv2d | nn.Linear) and not isinstance(module, _Layer):
+                setattr(module, name, PEERS[peer](child))
+    return model
