@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -158,6 +159,38 @@ def test_ctrl_c_is_no_traceback(terminal: Terminal) -> None:
 
 
 BUDGET = ("--budget", "bops <= 2%")
+INPUT = ("--input", "2x1x8x8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("explain", "mynet:make", *INPUT, *BUDGET), "feasible: the smallest bit-widths satisfy"),
+        (("cost", "mynet:make", *INPUT), "1,296"),
+        (("targets",), "cortex-m7 (chip)"),
+        (("completion", "bash"), "_cgmq_fx_completion"),
+        (("--version",), "cgmq-fx, version"),
+    ],
+)
+def test_what_is_shown_fits(arguments: tuple[str, ...], text: str, terminal: Terminal) -> None:
+    assert terminal.run(*arguments) == 0
+    assert text in terminal.text
+    assert all(line.endswith(("┓", "┘")) for line in terminal.lines if line.startswith(("┏", "└")))
+
+
+def test_what_verify_shows_fits(terminal: Terminal, folder: Path) -> None:
+    pytest.importorskip("onnxscript", reason="nothing can be exported without it")
+    code = (
+        "import cgmq_fx, mynet; cgmq_fx.quantize(mynet.make(), 'bops <= 2%', mynet.batches()[0], "
+    )
+    code += "epochs=0, target='onnxruntime').export('net.onnx')"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)
+    assert terminal.run("verify", "net.onnx") == 0
+    assert "bops" in terminal.lines[0]
+    assert "<= 2.0000%" in terminal.lines[0]
+    assert terminal.run("verify", "net.onnx", "--budget", "bops <= 0.1%") == 1
+    assert "VIOLATED" in terminal.text
 
 
 @pytest.mark.parametrize(
