@@ -42,7 +42,7 @@ def test_every_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_pages_that_are_worth_running_are_found() -> None:
     assert ROOT / "README.md" in WITH_CODE
     assert python_code((ROOT / "docs" / "tutorial.md").read_text())
-    assert len(commands((ROOT / "docs" / "howto" / "command-line.md").read_text())) == 6
+    assert len(commands((ROOT / "docs" / "howto" / "command-line.md").read_text())) >= 6
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -178,19 +177,20 @@ def test_what_is_shown_fits(arguments: tuple[str, ...], text: str, terminal: Ter
     assert all(line.endswith(("┓", "┘")) for line in terminal.lines if line.startswith(("┏", "└")))
 
 
-def test_what_verify_shows_fits(terminal: Terminal, folder: Path) -> None:
+def test_from_a_model_to_a_file_that_verifies(terminal: Terminal) -> None:
     pytest.importorskip("onnxscript", reason="nothing can be exported without it")
-    code = (
-        "import cgmq_fx, mynet; cgmq_fx.quantize(mynet.make(), 'bops <= 2%', mynet.batches()[0], "
-    )
-    code += "epochs=0, target='onnxruntime').export('net.onnx')"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)
+    options = ("--target", "onnxruntime", "--epochs", "0", "--quiet", "--out", "deployed")
+    assert terminal.run("quantize", "mynet:make", *INPUT, *BUDGET, *options) == 0
+    assert terminal.text == ""
+    assert terminal.run("export", "deployed/model.safetensors", "net.onnx") == 0
+    assert "outputs exact" in terminal.text
     assert terminal.run("verify", "net.onnx") == 0
-    assert "bops" in terminal.lines[0]
-    assert "<= 2.0000%" in terminal.lines[0]
+    assert terminal.lines[0].startswith("bops ")
+    assert terminal.lines[0].endswith("<= 2.0000%")
     assert terminal.run("verify", "net.onnx", "--budget", "bops <= 0.1%") == 1
     assert "VIOLATED" in terminal.text
+    assert terminal.run("export", "deployed/model.safetensors", "net.nothing") == 2
+    assert terminal.text.startswith("error: ")
 
 
 @pytest.mark.parametrize(

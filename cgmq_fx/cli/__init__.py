@@ -8,7 +8,17 @@ from __future__ import annotations
 
 import click
 
-from cgmq_fx.cli import completion, cost, explain, quantize, show, sweep, targets, verify
+from cgmq_fx.cli import (
+    completion,
+    cost,
+    explain,
+    export,
+    quantize,
+    show,
+    sweep,
+    targets,
+    verify,
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -17,5 +27,5 @@ def main() -> None:
     """Quantize PyTorch models under hard bounds on what they cost."""
 
 
-for _module in (quantize, explain, cost, show, sweep, targets, verify, completion):
+for _module in (quantize, explain, cost, show, sweep, targets, export, verify, completion):
     main.add_command(_module.command)
