@@ -30,7 +30,8 @@ class _Layer(nn.Module):
         weight, x = self.quantize(layer.weight, weight_scale), self.quantize(x, scale)
         if isinstance(layer, nn.Linear):
             return nn.functional.linear(x, weight, layer.bias)
-        return layer._conv_forward(x, weight, layer.bias)
+        y: Tensor = layer._conv_forward(x, weight, layer.bias)
+        return y
 
 
 def _aten(x: Tensor, scale: Tensor) -> Tensor:

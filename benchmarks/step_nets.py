@@ -32,11 +32,8 @@ class InvertedResidual(nn.Module):
 def mobilenet_v2() -> nn.Module:
     """MobileNetV2 at width 0.5 for images of 32 x 32."""
     stages = [(16, 1, 1), (16, 2, 1), (16, 3, 2), (32, 4, 2), (48, 3, 1), (80, 3, 2), (160, 1, 1)]
-    layers: list[nn.Module] = [
-        nn.Conv2d(3, 16, 3, 1, 1, bias=False),
-        nn.BatchNorm2d(16),
-        nn.ReLU6(),
-    ]
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False)]
+    layers += [nn.BatchNorm2d(16), nn.ReLU6()]
     inputs = 16
     for outputs, count, stride in stages:
         for index in range(count):
