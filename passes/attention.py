@@ -2,19 +2,72 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
+from torch.overrides import TorchFunctionMode
 
 from cgmq_fx.passes.infra import Pass, PassResult
+from cgmq_fx.passes.inputs import ExampleInputs
 from cgmq_fx.passes.optable import argument
 from cgmq_fx.passes.state import shape_of, value_of
 
 _ATEN = torch.ops.aten
+
+
+TRAINING_DROPOUT = "cgmq_training_dropout"
+"""The `node.meta` key of the dropout that fused attention has in training mode only."""
+
+
+class _Probabilities(TorchFunctionMode):
+    """Records the dropout of every fused attention that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[float] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            named = dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
+            self.found.append(float(named.get("dropout_p", 0.0)))
+        return func(*args, **(kwargs or {}))
+
+
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p")
+
+
+def note_training_dropout(graph: Graph, model: nn.Module, inputs: ExampleInputs) -> None:
+    """Note the dropout that the model's fused attention has in training mode.
+
+    A model captured in evaluation mode hands a probability of 0 to fused attention, where nothing
+    tells that it would not be 0 in training. So a copy is called once in training mode.
+
+    Args:
+        graph: The graph of the model, captured in evaluation mode.
+        model: The model.
+        inputs: What to call it with.
+    """
+    nodes = [n for n in graph.nodes if n.target is _ATEN.scaled_dot_product_attention.default]
+    if not nodes:
+        return
+    mode, own = _Probabilities(), inputs.map(torch.clone)
+    try:
+        with torch.random.fork_rng(), torch.no_grad(), mode:
+            copy.deepcopy(model).train()(*own.args, **own.kwargs)
+    except Exception:  # noqa: BLE001 - a model that cannot be called in training mode has none
+        return
+    if len(mode.found) == len(nodes):
+        for node, probability in zip(nodes, mode.found, strict=True):
+            if probability and not argument(node, "dropout_p"):
+                node.meta[TRAINING_DROPOUT] = probability
 
 
 @dataclass(frozen=True)
@@ -65,10 +118,11 @@ class _Writer:
             weights = self._call(_ATEN._safe_softmax.default, scores, -1)
         else:
             weights = self._call(_ATEN.softmax.int, scores, -1)
-        probability = argument(self._node, "dropout_p")
+        always = argument(self._node, "dropout_p")
+        probability = always or self._node.meta.get(TRAINING_DROPOUT)
         if not probability:
             return weights
-        return self._call(_ATEN.dropout.default, weights, probability, True)
+        return self._call(_ATEN.dropout.default, weights, probability, bool(always))
 
     def _masked(self, scores: Node, query: Node, key: Node) -> Node:
         mask = argument(self._node, "attn_mask")

@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import CaptureError
+from cgmq_fx.passes.attention import note_training_dropout
 from cgmq_fx.passes.copying import copy_graph, copy_model
 from cgmq_fx.passes.infra import run_passes
 from cgmq_fx.passes.inputs import ExampleInputs
@@ -110,6 +111,7 @@ class _Attempts:
                 with stand_ins(self._model, opaque, self._inputs.map(torch.clone)) as calls:
                     module = trace(self._model, self._inputs.map(torch.clone), dynamic)
                 module = run_passes(module, [RestoreOpaque(tuple(calls))])
+                note_training_dropout(module.graph, self._model, self._inputs)
                 free = dynamic and any_batch(module, self._inputs)
                 return Captured(module, self._inputs, free, tuple(self._steps))
             except Exception as failure:  # noqa: BLE001 - any failure means: try the next way

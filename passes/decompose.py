@@ -8,7 +8,7 @@ or the one of `products`, is traced and put in its place.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.passes.infra import Pass, PassResult
+from cgmq_fx.passes.optable import argument
 from cgmq_fx.passes.products import WRITTEN_OUT
 from cgmq_fx.passes.state import tensor_at, value_of
 
@@ -58,6 +59,40 @@ def _without_mkldnn() -> Iterator[None]:
         set_flags(_enabled=enabled, _fp32_precision=None)
 
 
+def _layer_by_layer(decomposition: Callable[..., Any]) -> Callable[..., Any]:
+    """A recurrent stack with the dropout between its layers, off, where `SwitchModes` finds it.
+
+    Torch's decomposition of a whole stack has no dropout in evaluation mode, nor in training mode.
+    """
+
+    def run(
+        x: Tensor,
+        states: Any,
+        parameters: Sequence[Tensor],
+        biases: bool,
+        layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: bool,
+    ) -> tuple[Any, ...]:
+        per_layer, directions = len(parameters) // layers, 2 if bidirectional else 1
+        last = []
+        for layer in range(layers):
+            rows = slice(layer * directions, (layer + 1) * directions)
+            own = states[rows] if isinstance(states, Tensor) else [state[rows] for state in states]
+            weights = parameters[layer * per_layer : (layer + 1) * per_layer]
+            x, *ends = decomposition(
+                x, own, weights, biases, 1, 0.0, False, bidirectional, batch_first
+            )
+            last.append(ends)
+            if layer < layers - 1:
+                x = torch.dropout(x, dropout, train)
+        return (x, *(torch.cat(states) for states in zip(*last, strict=True)))
+
+    return run
+
+
 def _traced(node: Node) -> tuple[GraphModule, list[Node]]:
     """The decomposition of a node as a graph of its tensors, and the nodes that give them."""
     leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
@@ -67,6 +102,8 @@ def _traced(node: Node) -> tuple[GraphModule, list[Node]]:
     function: Callable[..., Any] = target.decompose
     if in_python:
         function = WRITTEN_OUT.get(target) or decomposition_table[target]
+    if argument(node, "dropout", 0.0) and not argument(node, "train", True):
+        function = _layer_by_layer(function)
     values = [value_of(leaf) if isinstance(leaf, Node) else leaf for leaf in leaves]
 
     def call(*tensors: Any) -> Any:

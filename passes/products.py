@@ -41,18 +41,20 @@ def _outer(first: Tensor, second: Tensor) -> Tensor:
     return first.unsqueeze(-1) * second
 
 
-def _addr(base: Tensor, first: Tensor, second: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+def _addr(
+    base: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
     return base * beta + _outer(first, second) * alpha
 
 
 def _addmv(
-    base: Tensor, matrix: Tensor, vector: Tensor, *, beta: Any = 1, alpha: Any = 1
+    base: Tensor, matrix: Tensor, vector: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
     return base * beta + torch.matmul(matrix, vector) * alpha
 
 
 def _addbmm(
-    base: Tensor, first: Tensor, second: Tensor, *, beta: Any = 1, alpha: Any = 1
+    base: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
     return base * beta + torch.bmm(first, second).sum(0) * alpha
 
