@@ -35,6 +35,9 @@ EXACT = [
     ("resnet20", "channel", "onnx"),
     ("separable", "both", "onnx"),
     ("lenet5", "channel", "safetensors"),
+    ("lenet5", "channel", "pt2"),
+    ("mlp", "both", "pt2"),
+    ("separable", "tensor", "pt2"),
 ]
 
 
@@ -44,7 +47,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     folder, written = tmp_path_factory.mktemp("certificates"), set()
 
     def write(name: str, scheme: str, kind: str = "onnx") -> Path:
-        suffix = "safetensors" if kind == "safetensors" else "onnx"
+        suffix = "onnx" if kind.startswith("onnx") else kind
         path = folder / f"{name}-{scheme}-{kind}.{suffix}"
         if path not in written:
             deployed(name, scheme).export(path, kind, verify=False)
@@ -66,14 +69,22 @@ def test_a_file_costs_what_the_graph_costs(
     assert found.unknown == ()
 
 
-@pytest.mark.parametrize(("name", "scheme"), [("transformer", "tensor"), ("mlp", "element")])
+@pytest.mark.parametrize(
+    ("name", "scheme", "kind"),
+    [
+        ("transformer", "tensor", "onnx"),
+        ("transformer", "tensor", "pt2"),
+        ("mlp", "element", "onnx"),
+        ("mlp", "element", "pt2"),
+    ],
+)
 def test_a_file_never_costs_more_than_the_graph(
-    name: str, scheme: str, file: Callable[..., Path]
+    name: str, scheme: str, kind: str, file: Callable[..., Path]
 ) -> None:
     """Codes that need fewer bits than their gates allow, and rounding in front of what moves."""
     result = deployed(name, scheme)
     expected = count(result.model, result.inputs, parse_budget(EVERYTHING)).states
-    found = verify_file(file(name, scheme), EVERYTHING).states
+    found = verify_file(file(name, scheme, kind), EVERYTHING).states
     for own, other in zip(found, expected, strict=True):
         assert 0.5 * other.value <= own.value <= other.value
 
@@ -94,7 +105,7 @@ def run(*arguments: object) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
-@pytest.mark.parametrize("kind", ["onnx", "safetensors"])
+@pytest.mark.parametrize("kind", ["onnx", "safetensors", "pt2"])
 def test_the_command_says_whether_bounds_hold(kind: str, file: Callable[..., Path]) -> None:
     path = file("lenet5", "tensor", kind)
     status, text = run(path, "--budget", "bops <= 2%, weights <= 1 MB")
@@ -265,6 +276,7 @@ def test_truncated_files_are_refused(kept: int, file: Callable[..., Path], tmp_p
     [
         ("text.onnx", "not an ONNX file"),
         ("text.safetensors", "cannot be read as a safetensors file"),
+        ("text.pt2", "is not a .pt2 file"),
         ("text.bin", "cannot tell the format"),
         ("nowhere.onnx", "cannot be read"),
     ],

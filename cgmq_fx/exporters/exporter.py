@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from cgmq_fx.cost_models import Budget, ConstraintState
 from cgmq_fx.cost_models.errors import ArtifactError, ExportError
 from cgmq_fx.passes.capture import ExampleInputs
+from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.lower import lower
 from cgmq_fx.result import Result
 
@@ -52,12 +53,16 @@ class Source:
     @cached_property
     def lowered(self) -> GraphModule:
         """The lowered graph, on the CPU; signed codes in signed containers. Not to be edited."""
-        return lower(self.result.model, self.inputs)
+        return lower(self._on_cpu, self.inputs)
 
     @cached_property
     def lowered_with_offset(self) -> GraphModule:
         """The same with the codes of signed activations in unsigned containers."""
-        return lower(self.result.model, self.inputs, offset=True)
+        return lower(self._on_cpu, self.inputs, offset=True)
+
+    @cached_property
+    def _on_cpu(self) -> GraphModule:
+        return copy_graph(self.result.model).cpu()
 
 
 class FileCost(ABC):

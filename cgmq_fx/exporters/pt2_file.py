@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import ExportError
-from cgmq_fx.exporters.exporter import Exporter, Source, register_exporter
+from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_exporter
 from cgmq_fx.exporters.program import exported_program, in_aten, quiet
+from cgmq_fx.exporters.pt2_reader import MANIFEST, read_pt2
 from cgmq_fx.passes.capture import ExampleInputs
 
 _ORIGINS = ("stack_trace", "source_fn_stack", "torch_fn", "from_node")
-MANIFEST = "cgmq_fx.json"
 
 
 @final
@@ -26,6 +26,7 @@ class Program(Exporter):
 
     name: ClassVar[str] = "pt2"
     suffix: ClassVar[str] = ".pt2"
+    readable: ClassVar[bool] = True
 
     def write(self, source: Source, path: Path) -> None:
         """Decompose to ATen and save."""
@@ -39,6 +40,10 @@ class Program(Exporter):
                 torch.export.save(program, path, extra_files={MANIFEST: source.manifest})
         except Exception as error:
             raise ExportError(f"torch.export cannot save the model: {error}") from error
+
+    def read(self, path: Path) -> FileCost:
+        """Read its JSON and its tensors, without torch.export."""
+        return read_pt2(path)
 
     def run(self, path: Path, batches: Sequence[ExampleInputs]) -> list[list[Tensor]]:
         """Load it with torch.export."""
