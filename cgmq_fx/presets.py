@@ -12,9 +12,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from torch.fx import GraphModule
+
 from cgmq_fx.cost_models import Target, load_target, target_names
-from cgmq_fx.cost_models.errors import OptionError, UnknownTargetError
+from cgmq_fx.cost_models.errors import OptionError, UnknownTargetError, UnsupportedModelError
+from cgmq_fx.passes.infra import place
 from cgmq_fx.passes.scheme import Granularity, Scheme
+from cgmq_fx.passes.state import is_float
 
 _CONTAINER = tuple(range(2, 9))
 """Bit-widths of codes that a runtime with 8-bit tensors holds."""
@@ -34,6 +38,7 @@ class Preset:
             is needed.
         widths: The bit-widths that tensors may have; empty for any.
         weights: The granularities that gates of weights may have.
+        ops: Names of the ATen ops that it executes exactly; empty for any.
         channels_last: Whether what is deployed takes images with their channels last.
     """
 
@@ -43,6 +48,7 @@ class Preset:
     scheme: Scheme
     widths: tuple[int, ...] = _CONTAINER
     weights: tuple[Granularity, ...] = ("tensor", "channel", "element")
+    ops: tuple[str, ...] = ()
     channels_last: bool = False
 
     def apply(self, given: Scheme | None) -> Scheme:
@@ -61,6 +67,26 @@ class Preset:
         if self.widths:
             self._check(chosen)
         return chosen
+
+    def check_ops(self, module: GraphModule) -> None:
+        """Insist that the runtime executes every op of a model, before it is trained.
+
+        Args:
+            module: The captured and normalised float graph.
+
+        Raises:
+            UnsupportedModelError: Naming the ops that it does not have, and where they are.
+        """
+        foreign: dict[str, str] = {}
+        for node in module.graph.nodes if self.ops else ():
+            name = getattr(node.target, "_opname", "") if node.op == "call_function" else ""
+            if name and is_float(node) and name not in self.ops:
+                foreign.setdefault(name, f"{name} ({place(node)})" if place(node) else name)
+        if foreign:
+            raise UnsupportedModelError(
+                f"the target {self.name} cannot execute {'; '.join(foreign.values())}; it takes "
+                f"{', '.join(self.ops)}"
+            )
 
     def _check(self, scheme: Scheme) -> None:
         ends = [bits for bits in (scheme.input_bits, scheme.output_bits) if bits is not None]
@@ -96,6 +122,12 @@ def _nest(widths: Sequence[int]) -> bool:
 _INTEGER = Scheme(bit_widths=(2, 4, 8), output_bits=8)
 _SHIFTS = replace(_INTEGER, weight_ranges="tensor", power_of_two=True)
 
+_HLS_OPS = (
+    *("conv1d", "conv2d", "linear", "relu", "max_pool2d", "add", "cat", "dropout"),
+    *("flatten", "view", "reshape", "alias", "detach", "clone", "contiguous"),
+)
+"""Ops that hls4ml converts, and whose C++ was seen to be exact."""
+
 NONE = Preset("none", "No runtime in mind: everything may be used.", (), _DEFAULTS, ())
 
 PRESETS = {
@@ -113,6 +145,7 @@ PRESETS = {
             ("qonnx",),
             _SHIFTS,
             weights=("tensor",),
+            ops=_HLS_OPS,
             channels_last=True,
         ),
         Preset(

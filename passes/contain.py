@@ -47,13 +47,13 @@ def _is_single(quantize: Node) -> bool:
     return isinstance(low, list | tuple) and len(low) == 1
 
 
-def _commutes(node: Node, unsigned: bool) -> bool:
+def _commutes(node: Node, unsigned: bool, joins: bool) -> bool:
     """Whether rounding to a grid can be done on the inputs of a node instead of on its output."""
     if node.op != "call_function":
         return False
     if node.target is _RELU:
         return unsigned  # whose lowest code is 0: the ReLU is part of the rounding
-    return preserves_grid(node) or node.target in JOINS
+    return preserves_grid(node) or (joins and node.target in JOINS)
 
 
 def _rounded_inputs(node: Node) -> list[Node]:
@@ -81,7 +81,7 @@ def _anchor(node: Node) -> Node:
     return node
 
 
-def _hoist(graph: Any, pair: Node) -> list[Node]:
+def _hoist(graph: Any, pair: Node, joins: bool) -> list[Node]:
     """Move a pair in front of the op before it, if that keeps all values; the pairs made."""
     codes = pair.args[0]
     assert isinstance(codes, Node)
@@ -90,7 +90,7 @@ def _hoist(graph: Any, pair: Node) -> list[Node]:
         not isinstance(source, Node)
         or len(source.users) > 1
         or not _is_single(codes)
-        or not _commutes(source, is_unsigned(codes))
+        or not _commutes(source, is_unsigned(codes), joins)
     ):
         return []
     made = []
@@ -117,7 +117,12 @@ class HoistCodes(Pass):
 
     Before: a lowered graph. After: no quantize stands behind a max-pool, a view, a concatenation or
     another op that keeps a grid, if nobody else reads that op. All values are what they were.
+
+    Attributes:
+        joins: Whether concatenations count among these ops: their inputs then are on one grid.
     """
+
+    joins: bool = True
 
     def run(self, module: GraphModule) -> PassResult:
         """Move pairs until none can move."""
@@ -125,7 +130,7 @@ class HoistCodes(Pass):
         _read_state_first(graph)
         waiting = [node for node in graph.nodes if is_pair(node)]
         while waiting:
-            waiting += _hoist(graph, waiting.pop())
+            waiting += _hoist(graph, waiting.pop(), self.joins)
         return PassResult(module, modified=True)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cgmq_fx import ArtifactError, ExportError
+from cgmq_fx import PRESETS, ArtifactError, ExportError, prepare
 from cgmq_fx.exporters import exporters
 from cgmq_fx.exporters.agreement import compare
 from cgmq_fx.exporters.certificate import verify_file
@@ -18,6 +18,7 @@ from cgmq_fx.passes.lower import lower
 from cgmq_fx.passes.quant_nodes import width_of
 from cgmq_fx.passes.quantizer import Quantizer
 from tests.deploy_nets import deployed, inputs_of
+from tests.nets import NETS
 
 onnx = pytest.importorskip("onnx", reason="QONNX needs onnx")
 pytest.importorskip("onnxscript", reason="QONNX needs onnxscript")
@@ -87,6 +88,13 @@ def test_the_cost_is_counted_from_the_file(name: str, scheme: str, tmp_path: Pat
     else:
         assert counted.value == known.value
     assert verify_file(exported.path).states[0].value == counted.value
+
+
+def test_joined_tensors_are_on_a_grid_of_their_own(tmp_path: Path) -> None:
+    net, scheme = NETS["concat"], PRESETS["fpga"].scheme
+    result = prepare(net.build(), "bops <= 3%", net.inputs(2), scheme=scheme).finalize()
+    exported = result.export(tmp_path / "net.onnx", "qonnx")
+    assert exported.certificate.states[0].value == result.cost.states[0].value
 
 
 def tampered(change: Callable[[Any], None], folder: Path) -> Path:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import nn
 
 import cgmq_fx
-from cgmq_fx import PRESETS, OptionError, Preset, Scheme, TargetError
+from cgmq_fx import PRESETS, OptionError, Preset, Scheme, TargetError, UnsupportedModelError
 from cgmq_fx.cli import main
 from cgmq_fx.cost_models import load_target, target_names
 from cgmq_fx.exporters import exporters
@@ -92,6 +93,15 @@ def test_an_option_that_contradicts_is_refused(
 ) -> None:
     with pytest.raises(OptionError, match=f"^the target {name} cannot .*{message}"):
         PRESETS[name].apply(Scheme(**options))
+
+
+def test_an_fpga_refuses_what_hls4ml_does_not_have_before_training() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    message = r"the target fpga cannot execute adaptive_avg_pool2d \(1.*it takes conv1d, conv2d, "
+    for function in (cgmq_fx.prepare, cgmq_fx.explain):
+        with pytest.raises(UnsupportedModelError, match=message):
+            function(model, "bops <= 5%", torch.rand(2, 1, 8, 8), target="fpga")
+    cgmq_fx.prepare(model, "bops <= 5%", torch.rand(2, 1, 8, 8), target="litert")
 
 
 MINE = Preset("mine", "My chip.", (), Scheme((4, 8)), widths=(4, 8))

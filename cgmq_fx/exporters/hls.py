@@ -22,8 +22,13 @@ from cgmq_fx.cost_models.errors import ExportError
 from cgmq_fx.exporters.program import quiet
 
 _PACKAGES = ("hls4ml", "qonnx", "onnx")
-_FAILING = frozenset({"AveragePool", "GlobalAveragePool"})
-"""Ops that hls4ml accepts, and then writes code for that is wrong or does not compile."""
+_EXACT = frozenset(
+    {"Quant", "Conv", "MatMul", "Add", "Relu", "MaxPool", "Concat"}
+    | {"Flatten", "Reshape", "Transpose"}
+)
+"""Ops whose C++ was seen to be exact. hls4ml accepts others: it looks a sigmoid up in a table, and
+writes pools of averages that are wrong or do not compile.
+"""
 
 _PRECISION = "fixed<32,16>"
 """For what no quantizer decides; hls4ml widens accumulators where it knows that they need it."""
@@ -133,15 +138,12 @@ def _prepared(path: Path) -> Any:
 
 
 def _check(model: Any) -> None:
-    """Refuse what hls4ml would refuse without a name, or convert to something else."""
-    from hls4ml.converters.onnx_to_hls import get_supported_onnx_layers
-
-    known = {*get_supported_onnx_layers(), "Dropout", "Identity"} - _FAILING
-    unknown = sorted({node.op_type for node in model.graph.node} - known)
+    """Refuse what hls4ml would refuse without a name, or would convert to something else."""
+    unknown = sorted({node.op_type for node in model.graph.node} - _EXACT)
     if unknown:
         raise ExportError(
-            f"hls4ml cannot execute {', '.join(unknown)}; convolutions, linear layers, max-pools, "
-            "ReLU and sums can be used (a global average pool cannot)"
+            f"hls4ml cannot execute {', '.join(unknown)} exactly; convolutions, linear layers, "
+            "max-pools, ReLU, sums and joins can be used (a global average pool cannot)"
         )
     for node in model.graph.node:
         if node.op_type != "Quant":

@@ -43,7 +43,7 @@ class QONNX(Exporter):
         import onnx_ir as ir
 
         sample = first_sample(source.inputs)
-        passes = [HoistCodes(), PropagateShapes(sample), MarkQuants()]
+        passes = [HoistCodes(joins=False), PropagateShapes(sample), MarkQuants()]
         module = run_passes(copy_graph(source.lowered), passes)
         try:
             with quiet(), torch.no_grad():
