@@ -188,4 +188,7 @@ def _converted(model: Any, folder: Path, backend: str, io_type: str, part: str |
                 **options,
             )
     except Exception as error:
-        raise ExportError(f"hls4ml cannot convert the model: {error}") from error
+        other = "io_parallel" if io_type == "io_stream" else "io_stream"
+        raise ExportError(
+            f"hls4ml cannot convert the model: {error}; try io_type={other!r}"
+        ) from error
