@@ -12,12 +12,16 @@ from cgmq_fx.requirements import check_torch
 check_torch()
 if TYPE_CHECKING:
     from cgmq_fx.api import *  # noqa: F403
+
+    __version__: str
 else:
 
     def __getattr__(name):  # noqa: ANN001, ANN202 - hidden from type checkers, which see the names
         if name == "__all__" or not name.startswith("__"):
             api = import_module("cgmq_fx.api")
             globals().update({public: getattr(api, public) for public in ["__all__", *api.__all__]})
+        if name == "__version__":
+            globals()[name] = import_module("importlib.metadata").version("cgmq-fx")
         try:
             return globals()[name]
         except KeyError:

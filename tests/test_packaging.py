@@ -51,6 +51,8 @@ def test_no_module_hides_a_public_name() -> None:
 def test_public_names_are_listed_and_others_are_not_there() -> None:
     assert set(cgmq_fx.api.__all__) < set(dir(cgmq_fx))
     assert cgmq_fx.quantize is cgmq_fx.api.quantize
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert cgmq_fx.__version__ == listed
     with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
         getattr(cgmq_fx, "quantise")  # noqa: B009 - a type checker would find the plain form
 
