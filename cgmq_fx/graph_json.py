@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections import namedtuple
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +17,6 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
-from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.cost_models.facts import Role
@@ -29,6 +27,7 @@ from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.opaque import OpaqueCall
 from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer, QuantizerSpec, TrainingFlag
 from cgmq_fx.passes.shapes import EXAMPLE, Like
+from cgmq_fx.spec_json import MAX_DEPTH, spec_from_json, spec_to_json
 from cgmq_fx.untrusted import (
     NAMESPACES,
     argument_name,
@@ -54,7 +53,6 @@ _ENUMS: tuple[tuple[str, type], ...] = (
     ("layout", torch.layout),
     ("memory_format", torch.memory_format),
 )
-_MAX_DEPTH = 32
 _MAX_NODES = 1 << 16
 
 
@@ -83,8 +81,8 @@ def graph_to_json(module: GraphModule) -> dict[str, Any]:
             if isinstance(owner, _MODULES)
         },
         "inputs": None if info is None else [argument_name(name) for name in info.orig_args],
-        "in_spec": None if info is None else _spec_to_json(info.in_spec),
-        "out_spec": None if info is None or info.out_spec is None else _spec_to_json(info.out_spec),
+        "in_spec": None if info is None else spec_to_json(info.in_spec),
+        "out_spec": None if info is None or info.out_spec is None else spec_to_json(info.out_spec),
     }
 
 
@@ -216,8 +214,8 @@ def _check_nodes(graph: Graph) -> None:
 
 def _signature(graph: Graph, data: Mapping[str, Any]) -> _PyTreeInfo:
     """How the graph is called: (args, kwargs), and what it returns."""
-    taken = _spec_from_json(data["in_spec"])
-    given = None if data["out_spec"] is None else _spec_from_json(data["out_spec"])
+    taken = spec_from_json(data["in_spec"])
+    given = None if data["out_spec"] is None else spec_from_json(data["out_spec"])
     parts = taken.children() if taken.type is tuple else []
     if [part.type for part in parts] != [tuple, dict]:
         raise ArtifactError("the inputs in the file are not positional and keyword arguments")
@@ -250,7 +248,7 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 def _to_json(value: Any, node: Node, depth: int = 0) -> Any:
-    if depth > _MAX_DEPTH:
+    if depth > MAX_DEPTH:
         raise ArtifactError(f"the arguments of {node.name} are nested too deeply")
     if value is None or isinstance(value, bool | int):
         return value
@@ -276,7 +274,7 @@ def _to_json(value: Any, node: Node, depth: int = 0) -> Any:
 
 
 def _from_json(value: Any, made: Mapping[str, Node], depth: int = 0) -> Any:
-    if depth > _MAX_DEPTH:
+    if depth > MAX_DEPTH:
         raise ArtifactError("the arguments of a node are nested too deeply")
     if value is None or isinstance(value, bool | int | float):
         return value
@@ -368,50 +366,3 @@ def _install(root: nn.Module, name: str, module: nn.Module) -> None:
         if module.bits.dtype != torch.int32 or not bool(torch.isin(module.bits, widths).all()):
             raise ArtifactError(f"{name} has bits that are not among its bit-widths")
     parent.add_module(last, module)
-
-
-def _spec_to_json(spec: pytree.TreeSpec) -> Any:
-    """A structure of inputs or outputs; classes become what they hold.
-
-    A named tuple becomes a tuple, and a mapping or dataclass (the outputs of Transformers, say) a
-    dict: a loaded model has nothing of the user's code.
-    """
-    if spec.is_leaf():
-        return "leaf"
-    children = [_spec_to_json(child) for child in spec.children()]
-    if spec.type in (list, tuple):
-        return {spec.type.__name__: children}
-    if spec.type is namedtuple:
-        return {"tuple": children}
-    keys = spec.context
-    if isinstance(keys, tuple) and len(keys) == 2 and isinstance(keys[0], list):
-        keys = keys[0]  # a registered dataclass: names of the fields that are set, and of the rest
-    named = isinstance(keys, list | tuple) and all(isinstance(k, str) for k in keys)
-    if named and len(keys) == len(children):
-        return {"dict": [list(keys), children]}
-    raise ArtifactError(
-        f"the model takes or returns a {spec.type.__name__}, which an artifact cannot hold; "
-        "tensors, tuples, lists, and mappings with string keys it can"
-    )
-
-
-def _spec_from_json(data: Any, depth: int = 0) -> pytree.TreeSpec:
-    return pytree.tree_structure(_skeleton(data, depth))
-
-
-def _skeleton(data: Any, depth: int) -> Any:
-    if depth > _MAX_DEPTH:
-        raise ArtifactError("the inputs or outputs are nested too deeply")
-    if data == "leaf":
-        return 0
-    ((kind, content),) = data.items()
-    if kind == "dict":
-        keys, children = content
-        pairs = zip(keys, children, strict=True)
-        return {str(key): _skeleton(child, depth + 1) for key, child in pairs}
-    children = [_skeleton(child, depth + 1) for child in content]
-    if kind == "list":
-        return children
-    if kind == "tuple":
-        return tuple(children)
-    raise ArtifactError(f"the file describes inputs or outputs of the unknown kind {kind!r}")
