@@ -38,6 +38,11 @@ def spec_to_json(spec: pytree.TreeSpec) -> Any:
 
 
 def spec_from_json(data: Any, depth: int = 0) -> pytree.TreeSpec:
+    """The structure that `spec_to_json` wrote.
+
+    Raises:
+        ArtifactError: If the data describes none, or one that is nested too deeply.
+    """
     return pytree.tree_structure(_skeleton(data, depth))
 
 
