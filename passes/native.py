@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cgmq_fx.passes.placement import nested, per_range, places
+from cgmq_fx.passes.placement import like, nested, per_range, places
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +68,13 @@ def _shape(
 
 def forward(x: Tensor, limit: Tensor, bits: Tensor, signed: bool) -> Tensor | None:
     """`fake_quantize` of `kernel.py`, or None where the reference has to do it."""
-    shape = _shape_of(x, limit, bits)
-    if shape is None or (library := _library()) is None:
+    if not _taken(x):
         return None
     y = torch.empty_like(x)
-    limit, bits = _limit(limit, x), _bits(bits)
+    shape = _shape(tuple(x.shape), y.stride(), tuple(limit.shape), tuple(bits.shape))
+    if shape is None or (library := _library()) is None:
+        return None
+    x, limit, bits = like(x, y), _limit(limit, x), _bits(bits)
     library.cgmq_forward(
         _DTYPES[x.dtype],
         x.data_ptr(),
@@ -100,12 +102,13 @@ def backward(
     Returns:
         Gradients of the tensor, the range and the gates, or None where the reference has to do it.
     """
-    shape = _shape_of(x, limit, bits)
-    if shape is None or (library := _library()) is None or grad.dtype != x.dtype:
+    if not _taken(x) or grad.dtype != x.dtype:
         return None
     out = torch.empty_like(x)
-    if grad.stride() != x.stride():
-        grad = torch.empty_like(x).copy_(grad)
+    shape = _shape(tuple(x.shape), out.stride(), tuple(limit.shape), tuple(bits.shape))
+    if shape is None or (library := _library()) is None:
+        return None
+    grad, x = like(grad, out), like(x, out)
     beta, widths = _limit(limit, x), _bits(bits)
     neighbours = None if adjacent is None else _bits(adjacent)
     range_grad = torch.empty(limit.shape, dtype=beta.dtype)
@@ -129,10 +132,8 @@ def backward(
     return out, range_grad.to(limit.dtype), reported.to(limit.dtype)
 
 
-def _shape_of(x: Tensor, limit: Tensor, bits: Tensor) -> ctypes.Array[ctypes.c_int64] | None:
-    if x.numel() < SMALLEST or x.dtype not in _DTYPES or x.device.type != "cpu":
-        return None
-    return _shape(tuple(x.shape), x.stride(), tuple(limit.shape), tuple(bits.shape))
+def _taken(x: Tensor) -> bool:
+    return x.numel() >= SMALLEST and x.dtype in _DTYPES and x.device.type == "cpu"
 
 
 def _limit(limit: Tensor, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from cgmq_fx.passes.processes import process_count
@@ -72,3 +73,8 @@ def per_range(x: Tensor, limit: Tensor, batched: bool) -> float:
     """Elements per range, at least 1; where `x` is a part of a batch, those of the whole batch."""
     parts = process_count() if batched else 1
     return max(x.numel(), 1) * parts / max(limit.numel(), 1)
+
+
+def like(x: Tensor, dense: Tensor) -> Tensor:
+    """`x` itself, or a copy of it that lies in memory as `dense` does."""
+    return x if x.stride() == dense.stride() else torch.empty_like(dense).copy_(x)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cgmq_fx.passes.grid import grid
-from cgmq_fx.passes.placement import Places, nested, per_range, places
+from cgmq_fx.passes.placement import Places, like, nested, per_range, places
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SHORT_RUN = 128
@@ -193,13 +193,13 @@ def _backward(
 
 def forward(x: Tensor, limit: Tensor, bits: Tensor, signed: bool) -> Tensor | None:
     """`fake_quantize` of `kernel.py`, or None where the reference has to do it."""
-    walk = _walk(x, limit, bits)
+    y = torch.empty_like(x)
+    walk = _walk(y, limit, bits)
     if walk is None:
         return None
-    y = torch.empty_like(x)
     down, across = walk.programs
     _forward[(down * across,)](
-        x,
+        like(x, y),
         y,
         limit.detach().float().contiguous(),
         bits.int().contiguous(),
@@ -224,12 +224,11 @@ def backward(
     Returns:
         Gradients of the tensor, the range and the gates, or None where the reference has to do it.
     """
-    walk = _walk(x, limit, bits)
+    out = torch.empty_like(x)
+    walk = _walk(out, limit, bits)
     if walk is None or grad.dtype != x.dtype:
         return None
-    if grad.stride() != x.stride():
-        grad = torch.empty_like(x).copy_(grad)
-    out = torch.empty_like(x)
+    grad, x = like(grad, out), like(x, out)
     down, across = walk.programs
     size = (down, walk.columns) if walk.repeated else (walk.rows, across)
     beta = limit.detach().float().contiguous()
