@@ -145,6 +145,7 @@ class Controller:
             "sensitivity": self._sensitivity.clone(),
             "best": None if self._best is None else torch.from_numpy(self._best.copy()),
             "marginals": self._marginals.state_dict(),
+            "readout": self._readout.state_dict(),
             "taken": self.taken,
             "frozen": self.frozen,
         }
@@ -168,6 +169,7 @@ class Controller:
         self.gates, self._sensitivity = gates.clone(), sensitivity.clone()
         self._best = None if best is None else best.numpy().copy()
         self._marginals.load_state_dict(state["marginals"])
+        self._readout.load_state_dict(state["readout"])
         self.taken = int(state["taken"])
         if state["frozen"] is True:
             self._end()

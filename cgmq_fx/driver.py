@@ -125,6 +125,7 @@ def quantize(
         steps = epochs * batch_count(data)
         search = max(1, round(_SEARCH_SHARE * steps))
         way = direction_of(direction)
+        backend = "inductor" if compile is True else compile or None
         identity = {
             **({} if checkpoint is None else model_identity(captured.module, inputs, start)),
             "budget": str(parsed),
@@ -136,12 +137,12 @@ def quantize(
             "epochs": epochs,
             "steps": steps,
             "seed": seed,
+            "compile": backend,
         }
         prepared = Prepared(captured, parsed, chosen, way, search)
         if start is not None:
             prepared.start_from(start)
         prepared.calibrate(data)
-        backend = "inductor" if compile is True else compile or None
         listeners = [*callbacks, *([Progress()] if progress else [])]
         run = Run(prepared, teacher, loss, metric, optimizer, steps, search, listeners, backend)
         if checkpoint is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -56,6 +57,18 @@ class Readout:
         rows = torch.nan_to_num(rows.float(), posinf=_LARGE)
         self._flat.zero_()
         return rows if rows.device.type == "cpu" else self._late(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been read and not been seen yet: the statistic of the step before, or None."""
+        if self._copy is None:
+            return {"late": None}
+        self._copy[1].synchronize()
+        return {"late": self._copy[0].clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        late = state["late"]
+        self._copy = None if late is None else (late, torch.cuda.Event())
 
     def _bound(self) -> bool:
         """Whether every probe and its gradient still are those that were bound."""
