@@ -101,3 +101,25 @@ def test_the_entry_point_is_installed() -> None:
         pytest.skip("cgmq_fx is not installed in this environment, only on the path")
     done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
     assert "explain" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [("ex", {"explain", "export"}), ("explain m:f --target cortex", {"cortex-m7", "cortex"})],
+)
+def test_completion(
+    words: str,
+    offered: set[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shell = {
+        "_CGMQ_FX_COMPLETE": "bash_complete",
+        "COMP_WORDS": f"cgmq-fx {words}",
+        "COMP_CWORD": str(len(words.split())),
+    }
+    for name, value in shell.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        main(prog_name="cgmq-fx")
+    assert {line.partition(",")[2] for line in capsys.readouterr().out.splitlines()} == offered
