@@ -18,6 +18,7 @@ from cgmq_fx.passes.codes import DEQUANTIZE, QUANTIZE, container
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.grid import PASS_THROUGH, finest_step, grid
 from cgmq_fx.passes.infra import Pass, PassResult, place, run_passes
+from cgmq_fx.passes.opaque import OpaqueCall
 from cgmq_fx.passes.optable import argument
 from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer, TrainingFlag
 from cgmq_fx.passes.shapes import PropagateShapes
@@ -101,6 +102,12 @@ class _Lowering:
             if node.op != "call_module":
                 continue
             owner = self._module.get_submodule(str(node.target))
+            if isinstance(owner, OpaqueCall):
+                kind = type(owner.inner).__name__
+                raise UnsupportedModelError(
+                    f"{owner.path} ({kind}) could not be captured and runs as it is; there is no "
+                    "graph of it that a runtime could execute"
+                )
             if isinstance(owner, TrainingFlag):
                 self._fix_mode(node)
             elif isinstance(owner, Quantizer):
@@ -214,7 +221,7 @@ class Lower(Pass):
 
     Raises:
         UnsupportedModelError: If a tensor has channels that are float beside channels that are not,
-            or bit-widths whose grids do not nest within one range.
+            or bit-widths whose grids do not nest within one range, or if a module runs as it is.
     """
 
     offset: bool = False

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cgmq_fx import ArtifactError, BoundError, BudgetError
+from cgmq_fx import ArtifactError, BoundError, BudgetError, ExportError
 from cgmq_fx.cli import main
 from cgmq_fx.cost_models import parse_budget
 from cgmq_fx.exporters.certificate import SUFFIX, manifest_of, verify_file
@@ -122,6 +123,15 @@ def test_the_command_prints_a_certificate(file: Callable[..., Path]) -> None:
     status, text = run(file("lenet5", "tensor"), "--json", "--budget", "macs <= 100%")
     assert status == 0
     assert json.loads(text)["constraints"][0]["value"] == 4267008
+
+
+def test_a_missing_package_is_named(
+    file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = file("lenet5", "tensor")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ExportError, match=r'needs onnx; .*pip install "cgmq-fx\[onnx\]"'):
+        verify_file(path)
 
 
 def test_a_wrong_budget_is_an_error(file: Callable[..., Path]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cgmq_fx.exporters import exporters
-from cgmq_fx.exporters.agreement import compare, output_steps
+from cgmq_fx.exporters.agreement import compare, output_steps, trial_batches
 from cgmq_fx.exporters.onnx_file import run_onnx
 from cgmq_fx.passes.integer import simulate_graph
 from cgmq_fx.passes.lower import lower
@@ -113,3 +113,35 @@ def test_keyword_inputs_and_nested_outputs_keep_their_order(tmp_path: Path) -> N
         found = exporters()["onnx"].run(path, [inputs])[0]
         for given, wanted in zip(found, call(result.model, inputs), strict=True):
             np.testing.assert_allclose(given, wanted, atol=1e-4)
+
+
+def without_clips(model: Any) -> None:
+    """What runtimes make of limits that are not written out: they do not know of them."""
+    replaced = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Clip"}
+    for node in model.graph.node:
+        node.input[:] = [replaced.get(name, name) for name in node.input]
+    kept = [node for node in model.graph.node if node.op_type != "Clip"]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+
+
+def with_coarse_biases(model: Any) -> None:
+    """What runtimes make of a float bias: they round it to a grid that was not trained."""
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("bias_codes"):
+            codes = onnx.numpy_helper.to_array(tensor)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(codes // 64 * 64, tensor.name))
+
+
+@pytest.mark.parametrize("defect", [without_clips, with_coarse_biases], ids=lambda f: f.__name__)
+def test_known_defects_of_exports_are_noticed(
+    defect: Callable[[Any], None], file: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    result = deployed("lenet5", "tensor")
+    model = onnx.load(file("lenet5", "tensor"))
+    defect(model)
+    onnx.save(model, tmp_path / "net.onnx")
+    lowered = lower(result.model, result.inputs)
+    batches = trial_batches(lowered, result.inputs, 32)
+    found = exporters()["onnx"].run(tmp_path / "net.onnx", batches)
+    assert not compare(lowered, found, batches).holds

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import cast
 
@@ -231,3 +232,19 @@ def test_a_clamp_that_something_else_reads_stays() -> None:
     exported = torch.export.export(Both(), (torch.randn(3),)).module(check_guards=False)
     assert isinstance(exported, GraphModule)
     assert not AbsorbClamps().run(exported).modified
+
+
+class Uncaptured(nn.Module):
+    """Leaves PyTorch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * float(x.detach().numpy().max().clip(1, 1))
+
+
+def test_a_module_that_runs_as_it_is_is_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), Uncaptured(), nn.Linear(4, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = prepare(model, "bops <= 10%", torch.randn(4, 3), scheme=Scheme((8,))).finalize()
+    with pytest.raises(UnsupportedModelError, match=r"1 \(Uncaptured\) could not be captured"):
+        lower(result.model, result.inputs)

@@ -125,6 +125,7 @@ def verify_file(
         ArtifactError: If the file cannot be read, is not one that this library wrote, or is not the
             one of its certificate.
         BudgetError: If the budget cannot be read.
+        ExportError: If a package that reads the format is missing.
     """
     path = Path(path)
     try:
@@ -137,7 +138,11 @@ def verify_file(
         raise ArtifactError(str(error)) from error
     digest = hashlib.sha256(content).hexdigest()
     _check_hash(path, digest)
-    read = exporter.read(path)
+    try:
+        read = exporter.read(path)
+    except ModuleNotFoundError as error:
+        line = f'pip install "cgmq-fx[{exporter.extra}]"'
+        raise ExportError(f"reading {path} needs {error.name}; install with: {line}") from error
     parsed = parse_budget(budget if budget is not None else read.budget, target)
     states, unknown = read.count(parsed)
     return Certificate(path.name, exporter.name, digest, len(content), states, unknown, True)
