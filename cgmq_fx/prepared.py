@@ -42,6 +42,7 @@ from cgmq_fx.passes.insert import QUANTIZERS, InsertQuantizers
 from cgmq_fx.passes.normalise import (
     FoldBatchNorm,
     Functionalise,
+    LeaveTraining,
     MergeState,
     RelaxViews,
     RemoveNoOps,
@@ -266,7 +267,10 @@ def float_graph(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Ca
         CaptureError: If the model cannot be captured.
     """
     with TURN:
-        found = normalised(capture(model, inputs))
+        captured = capture(model, inputs)
+        if isinstance(model, ExportedProgram):
+            run_passes(captured.module, [LeaveTraining()])
+        found = normalised(captured)
     if isinstance(model, nn.Module):
         found.module.train(model.training)
     return found

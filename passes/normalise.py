@@ -278,6 +278,25 @@ def _optional_tensor(module: GraphModule, node: Any) -> Tensor | None:
 
 
 @dataclass(frozen=True)
+class LeaveTraining(Pass):
+    """Give a program that was exported in training mode the form of evaluation mode.
+
+    Before: a captured graph. After: if all flags of dropout and batch norm were on, all are off, so
+    that the other passes can tell them from those that are always on.
+    """
+
+    def run(self, module: GraphModule) -> PassResult:
+        """Switch all flags off, if all are on."""
+        nodes = [node for node in module.graph.nodes if _has_mode(node)]
+        flags = [argument(node, _FLAGS[node.target._opname]) for node in nodes]
+        if not nodes or not all(flag is True for flag in flags):
+            return PassResult(module, modified=False)
+        for node in nodes:
+            set_argument(node, _FLAGS[node.target._opname], False)
+        return PassResult(module, modified=True)
+
+
+@dataclass(frozen=True)
 class SwitchModes(Pass):
     """Let `train()` and `eval()` of the graph switch dropout and batch norm again.
 
@@ -299,13 +318,16 @@ class SwitchModes(Pass):
         return PassResult(module, modified=True)
 
 
-def _switchable(node: Node) -> bool:
+def _has_mode(node: Node) -> bool:
+    """Whether a node can behave differently in training and in evaluation mode."""
     name = getattr(node.target, "_opname", "")
     if node.op != "call_function" or name not in _FLAGS:
         return False
-    if name == "batch_norm" and argument(node, "running_mean") is None:
-        return False
-    return argument(node, _FLAGS[name]) is False
+    return name != "batch_norm" or argument(node, "running_mean") is not None
+
+
+def _switchable(node: Node) -> bool:
+    return _has_mode(node) and argument(node, _FLAGS[node.target._opname]) is False
 
 
 def _flag_node(graph: Graph) -> Node:

@@ -205,3 +205,21 @@ def test_the_graph_is_in_the_mode_of_the_model(training: bool) -> None:
     expected = model(x)
     torch.manual_seed(0)
     torch.testing.assert_close(graph(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's own decompositions
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("decomposed", [True, False])
+def test_a_program_exported_in_either_mode_is_taken(training: bool, decomposed: bool) -> None:
+    if training and decomposed:
+        pytest.skip("its batch norm has become one that always uses the batch's statistics")
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5), nn.Dropout(0.5)
+    )
+    x = torch.randn(2, 3, 8, 8)
+    program = torch.export.export(model.train(training), (x,))
+    program = program.run_decompositions() if decomposed else program
+    found = float_graph(program, ExampleInputs((x,))).module
+    torch.testing.assert_close(found.eval()(x), model.eval()(x), atol=1e-5, rtol=1e-4)
+    assert "batch_norm" not in str(found.graph)  # folded
+    assert not torch.equal(found.train()(x), found.train()(x)) or decomposed
