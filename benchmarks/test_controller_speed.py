@@ -44,4 +44,4 @@ def test_step(
             assert probe.grad is not None
             probe.grad.uniform_()
 
-    benchmark.pedantic(controller.step, setup=report, rounds=STEPS - 1)
+    benchmark.pedantic(controller.step, setup=report, rounds=STEPS - 1)  # type: ignore[no-untyped-call]

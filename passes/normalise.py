@@ -288,11 +288,11 @@ class LeaveTraining(Pass):
     def run(self, module: GraphModule) -> PassResult:
         """Switch all flags off, if all are on."""
         nodes = [node for node in module.graph.nodes if _has_mode(node)]
-        flags = [argument(node, _FLAGS[node.target._opname]) for node in nodes]
+        flags = [argument(node, _flag_of(node)) for node in nodes]
         if not nodes or not all(flag is True for flag in flags):
             return PassResult(module, modified=False)
         for node in nodes:
-            set_argument(node, _FLAGS[node.target._opname], False)
+            set_argument(node, _flag_of(node), False)
         return PassResult(module, modified=True)
 
 
@@ -314,7 +314,7 @@ class SwitchModes(Pass):
         module.add_submodule(TRAINING_FLAG, TrainingFlag())
         flag = _flag_node(module.graph)
         for node in nodes:
-            set_argument(node, _FLAGS[node.target._opname], flag)
+            set_argument(node, _flag_of(node), flag)
         return PassResult(module, modified=True)
 
 
@@ -327,7 +327,12 @@ def _has_mode(node: Node) -> bool:
 
 
 def _switchable(node: Node) -> bool:
-    return _has_mode(node) and argument(node, _FLAGS[node.target._opname]) is False
+    return _has_mode(node) and argument(node, _flag_of(node)) is False
+
+
+def _flag_of(node: Node) -> str:
+    """The name of the argument that says whether a node is in training mode."""
+    return _FLAGS[getattr(node.target, "_opname", "")]
 
 
 def _flag_node(graph: Graph) -> Node:
