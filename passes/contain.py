@@ -172,7 +172,8 @@ class UseContainers(Pass):
     container does not have are a clamp between two pairs. A limit at 0 behind an op that can
     execute it is a ReLU instead, and the codes end at 127, so that the container is the other
     limit. Biases are float numbers on the grid of their accumulators. Every reader of a tensor has
-    a dequantize of its own: runtimes take it as part of the reader.
+    a dequantize of its own: runtimes take it as part of the reader. Weights of ops whose results
+    are not rounded at once are float numbers too.
 
     Attributes:
         float_weights: Whether weights stand in the graph as float numbers on their grids, with a
@@ -276,6 +277,12 @@ def _per_tensor(module: GraphModule, value: Any, scale: float, zero: int) -> Nod
     return module.graph.call_function(_QDQ.dequantize_per_tensor.default, (codes, *options))
 
 
+def _gives_codes(weight: Node) -> bool:
+    """Whether what reads a weight is rounded at once: else runtimes execute it in float."""
+    readers = [user for reader in weight.users for user in reader.users]
+    return all(is_quantize(user) for user in readers)
+
+
 def _constant(module: GraphModule, node: Node, float_weights: bool) -> Node:
     """A weight or a bias."""
     stored, axis = node.args[0], int(argument(node, "axis"))
@@ -286,12 +293,13 @@ def _constant(module: GraphModule, node: Node, float_weights: bool) -> Node:
             "target of this format does"
         )
     name, graph = str(stored), module.graph
+    as_values = codes.dtype is torch.int32 or not (float_weights or _gives_codes(node))
     with graph.inserting_before(node):
-        if codes.dtype is torch.int32 or float_weights:
+        if as_values or float_weights:
             along = [-1 if i == axis else 1 for i in range(codes.dim())] if step.dim() else []
             module.register_buffer(f"{name}_values", codes * step.reshape(along))
             values = graph.get_attr(f"{name}_values")
-        if codes.dtype is torch.int32:
+        if as_values:
             return values
         options: tuple[Any, ...] = (-_HIGH, _HIGH, torch.int8)
         if step.dim():

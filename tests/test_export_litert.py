@@ -29,6 +29,12 @@ CASES = [
 ]
 
 
+def test_a_transformer_keeps_in_float_what_has_no_integers(tmp_path: Path) -> None:
+    exported = deployed("transformer", "integer").export(tmp_path / "net.tflite")
+    assert exported.agreement is not None
+    assert exported.agreement.largest <= 1.01
+
+
 @pytest.mark.parametrize(("name", "scheme"), CASES)
 def test_litert_computes_it_in_integers(name: str, scheme: str, tmp_path: Path) -> None:
     from ai_edge_litert.interpreter import Interpreter
