@@ -18,6 +18,7 @@ from cgmq_fx.passes.opaque import OpaqueCall, opaque_call
 from cgmq_fx.passes.optable import ComputeOp, compute_op, is_known
 from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer
 from cgmq_fx.passes.state import (
+    bits_of,
     groups_of,
     quantizer_name,
     quantizer_of,
@@ -71,7 +72,7 @@ def _stored(module: GraphModule) -> dict[Node, list[Stored]]:
         if tensor is None or str(node.target).startswith(_OWN) or id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        reader, quantizer, bits = _first_use(module, node, tensor.element_size() * 8)
+        reader, quantizer, bits = _first_use(module, node, bits_of(tensor))
         row = Stored(str(node.target), tensor.numel(), quantizer, bits)
         result.setdefault(reader, []).append(row)
     for node in module.graph.nodes:
@@ -79,7 +80,7 @@ def _stored(module: GraphModule) -> dict[Node, list[Stored]]:
         for name, tensor in call.state() if call is not None else ():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                bits = tensor.element_size() * 8
+                bits = bits_of(tensor)
                 result.setdefault(node, []).append(Stored(name, tensor.numel(), None, bits))
     return result
 

@@ -20,7 +20,7 @@ from cgmq_fx.cost_models.facts import FLOAT_BITS, TensorFacts
 from cgmq_fx.passes.oplists import IN_PLACE, JOINS
 from cgmq_fx.passes.optable import is_view, preserves_grid
 from cgmq_fx.passes.quantizer import Quantizer
-from cgmq_fx.passes.state import quantizer_name, quantizer_of, shape_of, value_of
+from cgmq_fx.passes.state import bits_of, quantizer_name, quantizer_of, shape_of, value_of
 
 _LAST = 1 << 60
 
@@ -99,7 +99,7 @@ def _size(node: Node) -> int:
 
 def _bits(root: Node) -> int:
     value = value_of(root)
-    return value.element_size() * 8 if value is not None else FLOAT_BITS
+    return FLOAT_BITS if value is None else bits_of(value)
 
 
 def _last_use(nodes: list[Node], storage: dict[Node, Node], steps: dict[Node, int]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from cgmq_fx.cost_models.facts import FLOAT_BITS
 from cgmq_fx.passes.aliases import last_write
 from cgmq_fx.passes.optable import argument, is_view, preserves_grid
 from cgmq_fx.passes.quantizer import Quantizer
@@ -46,6 +47,16 @@ def drop_unused_state(module: GraphModule) -> bool:
                     del getattr(owner, table)[name]
                     changed = True
     return changed
+
+
+def bits_of(tensor: Tensor) -> int:
+    """Bits per element where no quantizer sets them.
+
+    Real numbers of more than 32 bits count as 32: that is what a quantizer at its highest passes,
+    and what is deployed.
+    """
+    bits = tensor.element_size() * 8
+    return min(bits, FLOAT_BITS) if tensor.is_floating_point() else bits
 
 
 def value_of(node: Node) -> Any:

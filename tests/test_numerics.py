@@ -132,3 +132,10 @@ def test_deterministic_algorithms_are_enough() -> None:
     states = first.model.state_dict(), second.model.state_dict()
     assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
     assert torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("budget", ["arena <= 70%", "activations <= 70%", "weights <= 70%"])
+def test_double_precision_that_stays_counts_as_it_did_with_its_quantizers(budget: str) -> None:
+    scheme = Scheme((4, 32), activations="channel")
+    data = batches(dtype=torch.float64)
+    assert quantize(net().double(), budget, data, scheme=scheme, epochs=0, progress=False).cost
