@@ -171,4 +171,4 @@ def run_configurations(count: int, seed: int, console: Console) -> bool:
             torch.use_deterministic_algorithms(False)
         if (number + 1) % 50 == 0 or number + 1 == count:
             console.print(f"{number + 1} configurations: {dict(ends.most_common())}")
-    return failures == 0 and not ends["satisfied, not finite"]
+    return failures == 0 and not ends["satisfied, not finite"] and not ends["BoundError"]
