@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import cgmq_fx
+from cgmq_fx.passes.capture import plain_value
 from cgmq_fx.passes.copying import copy_graph, copy_model
 from cgmq_fx.passes.inputs import ExampleInputs
 from cgmq_fx.prepared import float_graph
@@ -52,7 +53,7 @@ def load_zoo(path: Path) -> ModuleType:
 
 def floats(value: Any) -> list[Tensor]:
     """The floating-point tensors in an output, as a list."""
-    leaves = pytree.tree_leaves(value)
+    leaves = pytree.tree_leaves(plain_value(value))
     return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
 
 

@@ -2,8 +2,9 @@
 
 Four ways are tried in turn: `torch.export` (non-strict) with any batch size; with the batch size
 of the example; with the smallest modules that stand in the way kept as they are; and with the
-control flow that the example takes, asserted. The graph is captured in evaluation mode; the flags
-of dropout and batch norm are switched by `SwitchModes` afterwards.
+control flow that the example takes, asserted, which goes before modules that hold products. The
+graph is captured in evaluation mode; the flags of dropout and batch norm are switched by
+`SwitchModes` afterwards.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from cgmq_fx.passes.attention import note_training_dropout
 from cgmq_fx.passes.copying import copy_graph, copy_model
 from cgmq_fx.passes.infra import run_passes
 from cgmq_fx.passes.inputs import ExampleInputs
-from cgmq_fx.passes.opaque import RestoreOpaque, culprit, stand_ins
+from cgmq_fx.passes.opaque import OpaqueCall, RestoreOpaque, culprit, stand_ins
 from cgmq_fx.passes.tracing import any_batch, plain, quiet, trace, trace_with_assumptions
 
 __all__ = ["Captured", "ExampleInputs", "capture", "device_of"]
@@ -92,7 +93,7 @@ class _Attempts:
         while len(opaque) <= _MOST_OPAQUE:
             found = self._whole(opaque)
             if isinstance(found, Captured):
-                return found
+                return self._preferred(found)
             first = first or found
             path = culprit(found, self._model)
             if path is None or path in opaque:
@@ -102,6 +103,13 @@ class _Attempts:
         if assumed is not None:
             return assumed
         raise CaptureError(_explanation(self._model, first)) from first
+
+    def _preferred(self, found: Captured) -> Captured:
+        """What is kept stays float; where that multiplies, assumptions are the lesser evil."""
+        kept = [m for m in found.module.modules() if isinstance(m, OpaqueCall)]
+        if not any(call.macs for call in kept):
+            return found
+        return self._assumed() or found
 
     def _whole(self, opaque: Sequence[str]) -> Captured | Exception:
         """Export with the modules at `opaque` as they are; the error if that fails."""
@@ -190,7 +198,7 @@ def _plain_output(model: nn.Module, output: Any) -> None:
 
     @wraps(forward)
     def plainly(*args: Any, **kwargs: Any) -> Any:
-        return _plain_value(forward(*args, **kwargs))
+        return plain_value(forward(*args, **kwargs))
 
     model.forward = plainly
 
@@ -201,13 +209,13 @@ def _is_plain(leaf: Any) -> bool:
     )
 
 
-def _plain_value(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """A nested value whose objects are dicts of those attributes that hold tensors."""
     return pytree.tree_map(lambda leaf: leaf if _is_plain(leaf) else _attributes(leaf), value)
 
 
 def _attributes(value: Any) -> dict[str, Any] | None:
-    found = {name: _plain_value(own) for name, own in getattr(value, "__dict__", {}).items()}
+    found = {name: plain_value(own) for name, own in getattr(value, "__dict__", {}).items()}
     held = {n: v for n, v in found.items() if any(isinstance(x, Tensor) for x in _leaves(v))}
     return held or None
 
