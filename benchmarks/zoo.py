@@ -122,13 +122,16 @@ def train(
     return moved, losses
 
 
-def learning_rate(graph: GraphModule, args: Any, kwargs: Any) -> tuple[float, set[str]]:
-    """A learning rate at which the loss of the float graph falls, and what moves then."""
+def learning_rate(graph: GraphModule, args: Any, kwargs: Any) -> tuple[float, set[str], bool]:
+    """A rate at which the loss of the float graph falls, what moves then, and whether it falls.
+
+    Some models have a state that moves with every call, and the loss with it, whatever the rate.
+    """
     for rate in _RATES:
         moved, losses = train(copy_graph(graph), args, kwargs, rate)
         if losses[-1] < losses[0]:
-            break
-    return rate, moved
+            return rate, moved, True
+    return rate, moved, False
 
 
 def run(zoo: ModuleType, name: str) -> dict[str, Any]:
@@ -159,7 +162,7 @@ def _stages(record: dict[str, Any], zoo: ModuleType, name: str) -> None:
     graph = captured.module.eval()
     with torch.no_grad():
         record["difference"] = difference(call(graph, args, kwargs), expected)
-    rate, in_float = learning_rate(graph, args, kwargs)
+    rate, in_float, record["falls_in_float"] = learning_rate(graph, args, kwargs)
     record["stage"] = "prepare"
     inputs = ExampleInputs(args, kwargs)
     prepared = cgmq_fx.prepare(model, "bops <= 25%", inputs)
@@ -187,7 +190,8 @@ def verdict(record: dict[str, Any]) -> str:
         return f"{record['stage']} failed"
     checks = {
         "outputs differ": record["difference"] > 1e-3,
-        "loss did not fall": not record["after"] < record["before"],
+        "loss did not fall": record.get("falls_in_float", True)
+        and not record["after"] < record["before"],
         "parameters stuck": bool(record["stuck"]),
         "reload differs": record["reloaded"] > 1e-5,
         "under 95 % of MACs quantized": record["quantized"] < 0.95 * counted(record),
