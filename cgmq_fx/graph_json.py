@@ -120,9 +120,7 @@ def _node_to_json(node: Node) -> dict[str, Any]:
         "module": plain_text(module_path(node)),
     }
     if EXAMPLE in node.meta:
-        like = node.meta[EXAMPLE]
-        value = [list(like.shape), like.dtype] if isinstance(like, Like) else like
-        row["example"] = _to_json(value, node)
+        row["example"] = _to_json(_example_rows(node.meta[EXAMPLE]), node)
     return row
 
 
@@ -162,10 +160,18 @@ def _nodes_from_json(rows: list[dict[str, Any]], root: nn.Module) -> Graph:
     return graph
 
 
+def _example_rows(like: Any) -> Any:
+    if isinstance(like, Like):
+        return [list(like.shape), like.dtype]
+    return tuple(map(_example_rows, like)) if isinstance(like, tuple) else like
+
+
 def _example(value: Any) -> Any:
-    """What a node returned for the example inputs: a number, or a shape and a dtype."""
+    """What a node returned for the example inputs: a number, a shape and a dtype, or several."""
     if isinstance(value, bool | int | float):
         return value
+    if isinstance(value, tuple):
+        return tuple(map(_example, value))
     shape, dtype = value
     if not isinstance(dtype, torch.dtype) or not all(type(s) is int and s >= 0 for s in shape):
         raise ArtifactError("the file describes an example value that is neither number nor tensor")

@@ -7,6 +7,7 @@ nodes returned is kept in `meta["cgmq_example"]`, where later propagations find 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +30,9 @@ from cgmq_fx.passes.inputs import ExampleInputs
 from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer
 
 EXAMPLE = "cgmq_example"
-"""The `node.meta` key of what an op returned for the example inputs: a number or a `Like`."""
+"""The `node.meta` key of what an op returned for the example: a number, a `Like`, a tuple."""
 
 _UNKNOWABLE = (DataDependentOutputException, DynamicOutputShapeException)
-_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +62,18 @@ class PropagateShapes(Pass):
         except _UNKNOWABLE:
             if not self.trusted:  # nothing of a file that is not trusted is executed
                 raise
-            _record_examples(module, self.inputs)
-            self._propagate(module)
+            self._propagate(module, _examples(module, self.inputs))
         return PassResult(module, modified=False)
 
-    def _propagate(self, module: GraphModule) -> None:
+    def _propagate(self, module: GraphModule, examples: Mapping[str, Any] | None = None) -> None:
         mode = FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=self.trusted)
         leaves = self.inputs.leaves
         fake = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in leaves]
         kind = _Propagator if self.trusted else _GuardedPropagator
         with torch.no_grad():
-            kind(module, mode).run(*fake, enable_io_processing=False)
+            propagator = kind(module, mode)
+            propagator.examples = examples or {}
+            propagator.run(*fake, enable_io_processing=False)
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,13 @@ class CompleteShapes(Pass):
 
 
 class _Propagator(FakeTensorProp):
-    """FakeTensorProp for inputs that are fake already, and state that must not be written to."""
+    """FakeTensorProp for inputs that are fake already, and state that must not be written to.
+
+    Attributes:
+        examples: What nodes return for the example inputs, by name, where that was found out.
+    """
+
+    examples: Mapping[str, Any]
 
     def run(self, *args: object, **kwargs: object) -> object:
         with self._mode:
@@ -120,12 +127,12 @@ class _Propagator(FakeTensorProp):
         try:
             return super().run_node(n)
         except _UNKNOWABLE:
+            if n.name in self.examples:
+                n.meta[EXAMPLE] = self.examples[n.name]
             if EXAMPLE not in n.meta:
                 raise
-            like = n.meta[EXAMPLE]
-            value = torch.empty(like.shape, dtype=like.dtype) if isinstance(like, Like) else like
-            n.meta["val"] = value
-            return value
+            n.meta["val"] = _made(n.meta[EXAMPLE])
+            return n.meta["val"]
 
 
 class _Completer(_Propagator):
@@ -161,24 +168,35 @@ class _GuardedPropagator(_Propagator):
         return super().call_function(target, args, kwargs)
 
 
-def _record_examples(module: GraphModule, inputs: ExampleInputs) -> None:
-    """Run the graph once, on copies of its state, and keep what depends on values."""
-    names = {node.name: node for node in module.graph.nodes}
+def _examples(module: GraphModule, inputs: ExampleInputs) -> dict[str, Any]:
+    """Run a graph once, on copies of its state; what its nodes return, by name."""
+    recorder = _Recorder(copy_graph(module))
     with torch.no_grad():
-        _Recorder(copy_graph(module), names).run(
-            *inputs.map(torch.clone).leaves, enable_io_processing=False
-        )
+        recorder.run(*inputs.map(torch.clone).leaves, enable_io_processing=False)
+    return recorder.found
 
 
 class _Recorder(Interpreter):
-    def __init__(self, module: GraphModule, originals: dict[str, Node]) -> None:
+    def __init__(self, module: GraphModule) -> None:
         super().__init__(module)
-        self._originals = originals
+        self.found: dict[str, Any] = {}
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        if _TAGS & set(getattr(n.target, "tags", ())):
-            like = Like(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
-            if isinstance(like, Like | bool | int | float):
-                self._originals[n.name].meta[EXAMPLE] = like
+        if n.op == "call_function":
+            self.found[n.name] = _like(value)
         return value
+
+
+def _like(value: Any) -> Any:
+    """A value without its numbers: `Like` for a tensor."""
+    if isinstance(value, Tensor):
+        return Like(tuple(value.shape), value.dtype)
+    return tuple(map(_like, value)) if isinstance(value, tuple | list) else value
+
+
+def _made(like: Any) -> Any:
+    """A value of that kind; within a fake mode it has no memory."""
+    if isinstance(like, Like):
+        return torch.empty(like.shape, dtype=like.dtype)
+    return tuple(map(_made, like)) if isinstance(like, tuple) else like

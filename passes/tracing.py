@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from typing import Any
@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import CaptureError
+from cgmq_fx.passes.copying import copy_model
 from cgmq_fx.passes.inputs import ExampleInputs
 
 
@@ -50,6 +51,7 @@ def trace_with_assumptions(model: nn.Module, inputs: ExampleInputs, dynamic: boo
     Returns:
         The graph; `assumptions` lists what it asserts.
     """
+    model, parameters = _with_plain_tensors(model)
     specs = _free_batch(model, inputs) if dynamic else None
     real_values = functorch_config.patch(fake_tensor_propagate_real_tensors=True)
     with quiet(), torch.enable_grad(), _no_fast_path(), real_values:
@@ -61,7 +63,42 @@ def trace_with_assumptions(model: nn.Module, inputs: ExampleInputs, dynamic: boo
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        return plain(program)
+        module = plain(program)
+    _restore_parameters(module, parameters)
+    return module
+
+
+def _with_plain_tensors(model: nn.Module) -> tuple[nn.Module, dict[str, bool]]:
+    """A copy whose parameters are buffers, and their names with whether they are trained.
+
+    Torch keeps no values of parameters while it traces with the example's values, and reads memory
+    that nobody has written instead.
+    """
+    own = copy_model(model)
+    names = {n: p.requires_grad for n, p in own.named_parameters(remove_duplicate=False)}
+    made: dict[int, Tensor] = {}
+    for name in names:
+        owner, _, last = name.rpartition(".")
+        module = own.get_submodule(owner)
+        parameter = module._parameters.pop(last)
+        if parameter is not None:
+            module.register_buffer(last, made.setdefault(id(parameter), parameter.detach()))
+            setattr(module, last, module._buffers[last])  # recurrent layers keep a list of them
+    return own, names
+
+
+def _restore_parameters(module: GraphModule, names: Mapping[str, bool]) -> None:
+    made: dict[int, nn.Parameter] = {}
+    for name, trained in names.items():
+        owner, _, last = name.rpartition(".")
+        try:
+            holder = module.get_submodule(owner)
+        except AttributeError:  # a module that the graph does not read
+            continue
+        tensor = holder._buffers.pop(last, None)
+        if tensor is not None:
+            parameter = made.setdefault(id(tensor), nn.Parameter(tensor, trained))
+            holder.register_parameter(last, parameter)
 
 
 def assumptions(module: GraphModule) -> tuple[str, ...]:

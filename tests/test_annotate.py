@@ -203,7 +203,7 @@ def test_what_is_not_quantized_counts_at_its_own_bits(dtype: torch.dtype, bits: 
 
 UNKNOWN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "cdist": (lambda x: torch.cdist(x, x), "aten.cdist.default"),
-    "pdist": (lambda x: torch.pdist(x), "aten.pdist.default"),
+    "pdist": (torch.pdist, "aten.pdist.default"),
 }
 
 
