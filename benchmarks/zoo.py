@@ -179,7 +179,10 @@ def _stages(record: dict[str, Any], zoo: ModuleType, name: str) -> None:
     record["cost"] = str(result.cost)
     record["stage"] = "save"
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        loaded = cgmq_fx.load(result.save(Path(folder) / "model.safetensors"))
+        file = result.save(Path(folder) / "model.safetensors")
+        targets = [n.target for n in result.model.graph.nodes]
+        libraries = {t.namespace for t in targets if isinstance(t, torch._ops.OpOverload)}
+        loaded = cgmq_fx.load(file, libraries=libraries)
         same = difference(call(loaded.model, args, kwargs), call(result.model, args, kwargs))
     record["reloaded"] = same
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -85,11 +85,13 @@ def save(result: Result, path: Path, packed: bool = False) -> Path:
     return path
 
 
-def load(path: str | Path) -> Result:
+def load(path: str | Path, *, libraries: Collection[str] = ()) -> Result:
     """Read a result that `Result.save` wrote, and count its cost again.
 
     Args:
         path: The file. It need not be trusted: nothing in it is executed.
+        libraries: Namespaces of ops of other libraries that the model may call, such as
+            "torchvision", if you trust these; import them first.
 
     Returns:
         The result, on the CPU.
@@ -109,7 +111,7 @@ def load(path: str | Path) -> Result:
     try:
         entries = header.get("packed", {})
         room = unpack_gates(tensors, entries, header["graph"]["modules"])
-        model = graph_from_json(header["graph"], _tree(room, set(header["parameters"])))
+        model = graph_from_json(header["graph"], _tree(room, set(header["parameters"])), libraries)
         keep_containers(model)
         unpack_weights(model, tensors, entries)
         inputs = _inputs_from_json(header["inputs"])

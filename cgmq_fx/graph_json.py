@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -86,12 +86,15 @@ def graph_to_json(module: GraphModule) -> dict[str, Any]:
     }
 
 
-def graph_from_json(data: Mapping[str, Any], root: nn.Module) -> GraphModule:
+def graph_from_json(
+    data: Mapping[str, Any], root: nn.Module, libraries: Collection[str] = ()
+) -> GraphModule:
     """Rebuild a graph.
 
     Args:
         data: What `graph_to_json` gave, from a file that is not trusted.
         root: A module with the graph's parameters and buffers; modules are added to it.
+        libraries: Namespaces of ops of other libraries that the graph may call.
 
     Raises:
         ArtifactError: If the data is not such a graph, or calls something that is not allowed.
@@ -99,7 +102,7 @@ def graph_from_json(data: Mapping[str, Any], root: nn.Module) -> GraphModule:
     try:
         for name, entry in data["modules"].items():
             _install(root, name, _module_from_json(entry))
-        graph = _nodes_from_json(data["nodes"], root)
+        graph = _nodes_from_json(data["nodes"], root, libraries)
         if data["in_spec"] is not None:
             graph.set_codegen(_PyTreeCodeGen(_signature(graph, data)))
         graph.lint()
@@ -130,14 +133,16 @@ def _target_to_json(node: Node) -> str:
     if node.op != "call_function":
         return tensor_path(node.target)
     if isinstance(node.target, torch._ops.OpOverload):
-        check_overload(node.target)
+        check_overload(node.target, [node.target.namespace])
         return str(node.target)
     if node.target in _NAMES:
         return _NAMES[node.target]
     raise ArtifactError(f"{node.name} calls {node.target}, which an artifact cannot express")
 
 
-def _nodes_from_json(rows: list[dict[str, Any]], root: nn.Module) -> Graph:
+def _nodes_from_json(
+    rows: list[dict[str, Any]], root: nn.Module, libraries: Collection[str]
+) -> Graph:
     if len(rows) > _MAX_NODES:
         raise ArtifactError(f"a graph in a file has at most {_MAX_NODES} nodes, not {len(rows)}")
     graph = Graph()
@@ -148,7 +153,7 @@ def _nodes_from_json(rows: list[dict[str, Any]], root: nn.Module) -> Graph:
         kwargs = {identifier(k): _from_json(v, made) for k, v in row["kwargs"].items()}
         if name in made:
             raise ArtifactError(f"two nodes have the name {name}")
-        target = _target(op, row["target"], root)
+        target = _target(op, row["target"], root, libraries)
         if isinstance(target, torch._ops.OpOverload):
             check_arguments(target, args, kwargs)
         node = graph.create_node(op, target, args, kwargs, name)
@@ -178,10 +183,10 @@ def _example(value: Any) -> Any:
     return Like(tuple(shape), dtype)
 
 
-def _target(op: str, target: Any, root: nn.Module) -> Any:
+def _target(op: str, target: Any, root: nn.Module, libraries: Collection[str]) -> Any:
     """What a node calls or reads: looked up in the tree of modules, never by `getattr`."""
     if op == "call_function":
-        return _function(target)
+        return _function(target, libraries)
     if op == "placeholder":
         return argument_name(target)
     if op == "output":
@@ -239,17 +244,20 @@ def _signature(graph: Graph, data: Mapping[str, Any]) -> _PyTreeInfo:
     return _PyTreeInfo(names, taken, given)
 
 
-def _function(name: str) -> Callable[..., Any]:
+def _function(name: str, libraries: Collection[str]) -> Callable[..., Any]:
     if name in _FUNCTIONS:
         return _FUNCTIONS[name]
     parts = [identifier(part) for part in str(name).split(".")]
-    if len(parts) != 3 or parts[0] not in NAMESPACES:
-        raise ArtifactError(f"the file calls {name!r}, which is not allowed")
+    if len(parts) != 3 or parts[0] not in (*NAMESPACES, *libraries):
+        raise ArtifactError(
+            f"the file calls {name!r}, which is not allowed; if it is an op of a library that you "
+            f"trust, import that and pass libraries=[{parts[0]!r}]"
+        )
     packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
     overload = getattr(packet, parts[2], None)
     if not isinstance(overload, torch._ops.OpOverload):
         raise ArtifactError(f"the file calls {name!r}, which this version of torch does not have")
-    check_overload(overload)
+    check_overload(overload, libraries)
     return overload
 
 

@@ -7,6 +7,7 @@ checked to be nothing else. The same checks run when a graph is written, so what
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from keyword import iskeyword
 from typing import Any
 from unicodedata import normalize
@@ -103,17 +104,18 @@ def shown_text(value: Any) -> str:
     return value
 
 
-def check_overload(overload: torch._ops.OpOverload) -> None:
+def check_overload(overload: torch._ops.OpOverload, libraries: Collection[str] = ()) -> None:
     """Refuse ops that reach beyond tensors: files, storages, and what is not an ATen kernel.
 
-    `torch.ops.aten` also has TorchScript's functions, such as `aten.save`, which writes files; they
-    have no kernel in the dispatcher. Private ops may trust their arguments without a check.
+    Ops of other libraries are taken where the caller trusts these by name. `torch.ops.aten` also
+    has TorchScript's functions, such as `aten.save`, which writes files; they have no kernel in the
+    dispatcher. Private ops may trust their arguments without a check.
     """
     name, schema = overload._opname, overload._schema
     types = [str(a.type) for a in (*schema.arguments, *schema.returns)]
     private = name.startswith("_") and overload.namespace == "aten" and overload not in FREE
     if (
-        overload.namespace not in NAMESPACES
+        overload.namespace not in (*NAMESPACES, *libraries)
         or name in _FORBIDDEN
         or private
         or any(unsafe in kind for kind in types for unsafe in _UNSAFE_TYPES)
