@@ -10,6 +10,7 @@ graph is captured in evaluation mode; the flags of dropout and batch norm are sw
 from __future__ import annotations
 
 import copy
+import logging
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
@@ -28,11 +29,19 @@ from cgmq_fx.passes.copying import copy_graph, copy_model
 from cgmq_fx.passes.infra import run_passes
 from cgmq_fx.passes.inputs import ExampleInputs
 from cgmq_fx.passes.opaque import OpaqueCall, RestoreOpaque, culprit, stand_ins
-from cgmq_fx.passes.tracing import any_batch, plain, quiet, trace, trace_with_assumptions
+from cgmq_fx.passes.tracing import (
+    any_batch,
+    assumptions,
+    plain,
+    quiet,
+    trace,
+    trace_with_assumptions,
+)
 
 __all__ = ["Captured", "ExampleInputs", "capture", "device_of"]
 
 _MOST_OPAQUE = 64
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,26 @@ def capture(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Captur
     own = _copy(model).eval()
     inputs = inputs.to(device_of(own)).map(torch.clone).at_least_two()
     _plain_output(own, _call(own, inputs))
-    return _Attempts(own, inputs).run()
+    found = _Attempts(own, inputs).run()
+    _report(own, found)
+    return found
+
+
+def _report(model: nn.Module, found: Captured) -> None:
+    """Log what was tried; that parts are kept or assumed is worth a warning."""
+    for step in found.steps:
+        _LOG.info("tried %s", step)
+    kept = [m.path for m in found.module.modules() if isinstance(m, OpaqueCall)]
+    taken = assumptions(found.module)
+    if kept or taken:
+        _LOG.warning(
+            "%s could not be captured whole (%s); %s",
+            type(model).__name__,
+            found.steps[0] if found.steps else "no reason known",
+            f"kept in float as they are: {', '.join(dict.fromkeys(kept))}"
+            if kept
+            else f"assumed, and checked whenever it runs: {', '.join(taken)}",
+        )
 
 
 class _Attempts:

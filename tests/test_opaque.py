@@ -130,6 +130,15 @@ def test_what_is_kept_is_counted_in_float_and_reported() -> None:
     assert result.report()["opaque"] == ["inner.0 (Numbers)"]
 
 
+def test_what_was_tried_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "cgmq_fx"):
+        captured(Block(Numbers()))
+    own = [record for record in caplog.records if record.name.startswith("cgmq_fx")]
+    tried = [record.getMessage() for record in own if record.levelname == "INFO"]
+    assert any(text.startswith("tried torch.export for any batch size: ") for text in tried)
+    assert any("kept in float as they are: inner.0" in record.getMessage() for record in own)
+
+
 def test_bounds_below_what_is_kept_are_refused() -> None:
     with pytest.raises(cgmq_fx.InfeasibleBudgetError, match=r"inner\.0"):
         cgmq_fx.prepare(Block(Numbers()), "bops <= 30%", torch.randn(4, 8))
