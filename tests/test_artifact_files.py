@@ -154,7 +154,7 @@ def test_random_changes_of_the_header_end_in_errors_of_the_library(
         else:
             other, index = data.draw(st.sampled_from(places(header)))
             holder[key] = copy.deepcopy(other[index])
-    survives(tmp_path / "file", header, tensors)
+    assert survives(tmp_path / "file", header, tensors) in (True, False)
 
 
 @settings(SLOW, max_examples=40)
@@ -169,7 +169,7 @@ def test_random_changes_of_tensors_end_in_errors_of_the_library(
     value = data.draw(st.sampled_from([0, 1, -1, 2, 8, 33, float("nan"), float("inf")]))
     kind = data.draw(st.sampled_from(dtypes))
     tensors[name] = torch.full(shape, 0.0).fill_(value).nan_to_num(posinf=9.0).to(kind)
-    survives(tmp_path / "file", content[0], tensors)
+    assert survives(tmp_path / "file", content[0], tensors) in (True, False)
 
 
 def test_an_unchanged_copy_survives(content: Content, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,6 +23,7 @@ from cgmq_fx.cost_models import parse_budget
 from cgmq_fx.cost_models.target import parse_target, target_to_json
 from cgmq_fx.packing import pack, unpack
 
+_LONGEST = 2000
 ROOT = Path(__file__).parents[1]
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 KEYS = st.sampled_from(["dict", "tuple", "tensor", "array", "float", "tables", "a"])
@@ -30,6 +32,20 @@ VALUES = st.recursive(
 )
 TARGET = json.loads((ROOT / "cost_models" / "targets" / "cortex-m7.json").read_text())
 PACKED = pack({"a": [torch.ones(2), (1, 2.5)], "b": {0: None}})
+
+
+def refusal(load: Callable[[], object]) -> str | None:
+    """What the library says of an input that it refuses; None if it reads a value from it."""
+    try:
+        assert load() is not None
+    except CgmqError as error:
+        return str(error)
+    return None
+
+
+def one_sentence(text: str | None) -> bool:
+    """Whether a refusal, if it is one, is a short text without a traceback of ours."""
+    return text is None or (0 < len(text) < _LONGEST and "Traceback" not in text)
 
 
 @given(st.integers(0, 1 << 32))
@@ -42,27 +58,25 @@ def test_changed_targets_are_refused_or_read_back(seed: int) -> None:
 
 @given(st.integers(0, 1 << 32))
 def test_targets_with_other_bytes_are_refused_or_read(seed: int) -> None:
-    with contextlib.suppress(CgmqError):
-        parse_target(change_bytes(Random(seed), json.dumps(TARGET).encode()), "the file")
+    data = change_bytes(Random(seed), json.dumps(TARGET).encode())
+    assert one_sentence(refusal(lambda: parse_target(data, "the file")))
 
 
 @given(VALUES | st.dictionaries(st.sampled_from(["bops", "weights", "x"]), VALUES))
 def test_budgets_of_any_kind_are_refused_or_read(value: Any) -> None:
-    with contextlib.suppress(CgmqError):
-        str(parse_budget(value))
+    assert one_sentence(refusal(lambda: str(parse_budget(value))))
 
 
 @given(VALUES)
 def test_states_of_any_kind_are_refused_or_read(value: Any) -> None:
-    with contextlib.suppress(CgmqError):
-        unpack(value, PACKED[1])
+    assert one_sentence(refusal(lambda: [unpack(value, PACKED[1])]))
 
 
 @settings(max_examples=200)
 @given(st.integers(0, 1 << 32))
 def test_changed_states_are_refused_or_read(seed: int) -> None:
-    with contextlib.suppress(CgmqError):
-        unpack(change_json(Random(seed), PACKED[0]), PACKED[1])
+    changed = change_json(Random(seed), PACKED[0])
+    assert one_sentence(refusal(lambda: [unpack(changed, PACKED[1])]))
 
 
 @pytest.mark.parametrize("seed", range(5))
