@@ -17,6 +17,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -81,11 +82,9 @@ def settle(model: nn.Module, args: Any, kwargs: Any) -> None:
     for norm in norms:
         norm.train()
         norm.momentum = 1.0
-    try:
-        with torch.no_grad():
-            call(model, args, kwargs)
-    except ValueError:  # one value per channel has no variance: leave the statistics as they are
-        pass
+    # one value per channel has no variance: then the statistics stay as they are
+    with suppress(ValueError), torch.no_grad():
+        call(model, args, kwargs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval()
         norm.momentum = momentum

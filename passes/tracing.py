@@ -34,7 +34,7 @@ def trace(model: nn.Module, inputs: ExampleInputs, dynamic: bool) -> GraphModule
     Returns:
         The graph. Whatever torch.export raises goes through.
     """
-    specs = _free_batch(model, inputs) if dynamic else None
+    specs = free_batch(model, inputs) if dynamic else None
     with quiet(), torch.enable_grad(), _no_fast_path():
         program = torch.export.export(
             model, inputs.args, dict(inputs.kwargs), dynamic_shapes=specs, strict=False
@@ -52,7 +52,7 @@ def trace_with_assumptions(model: nn.Module, inputs: ExampleInputs, dynamic: boo
         The graph; `assumptions` lists what it asserts.
     """
     model, parameters = _with_plain_tensors(model)
-    specs = _free_batch(model, inputs) if dynamic else None
+    specs = free_batch(model, inputs) if dynamic else None
     real_values = functorch_config.patch(fake_tensor_propagate_real_tensors=True)
     with quiet(), torch.enable_grad(), _no_fast_path(), real_values:
         program = torch.export.export(
@@ -132,7 +132,7 @@ def any_batch(module: GraphModule, inputs: ExampleInputs) -> bool:
     return bool(own) and all(free_symbols(size) for size in own)
 
 
-def _free_batch(model: nn.Module, inputs: ExampleInputs) -> Any:
+def free_batch(model: nn.Module, inputs: ExampleInputs) -> Any:
     """The dynamic shapes that leave dimension 0 of every tensor to torch.export."""
 
     def shapes(leaf: Any) -> Any:

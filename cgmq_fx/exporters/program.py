@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import free_symbols
-from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import ExportError
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.codes import IN_ATEN
+from cgmq_fx.passes.tracing import free_batch
 
 
 def exported_program(module: GraphModule, inputs: ExampleInputs) -> ExportedProgram:
@@ -35,10 +34,8 @@ def exported_program(module: GraphModule, inputs: ExampleInputs) -> ExportedProg
     """
     inputs = inputs.at_least_two()
     if inputs.batch is not None:
-        try:
-            return _traced(module, inputs, _free_batch(module, inputs))
-        except Exception:  # noqa: BLE001 - whatever it is, a fixed batch is tried next
-            pass
+        with suppress(Exception):  # whatever it is, a fixed batch is tried next
+            return _traced(module, inputs, free_batch(module, inputs))
     try:
         return _traced(module, inputs, None)
     except Exception as error:
@@ -50,17 +47,6 @@ def _traced(module: GraphModule, inputs: ExampleInputs, shapes: Any) -> Exported
         return torch.export.export(
             module, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False
         )
-
-
-def _free_batch(module: GraphModule, inputs: ExampleInputs) -> Any:
-    """Specifications of dynamic shapes: dimension 0 of every input is free."""
-
-    def free(leaf: Any) -> Any:
-        return {0: Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None
-
-    given = [*inputs.args, *inputs.kwargs.values()]
-    names = list(inspect.signature(module.forward).parameters)
-    return pytree.tree_map(free, dict(zip(names, given, strict=True)))
 
 
 def in_aten(program: ExportedProgram) -> ExportedProgram:
