@@ -118,12 +118,19 @@ class OpaqueCall(nn.Module):
         given: Values = (list(values[: self._tensors]), list(values[self._tensors :]))
         args, kwargs = put(self._arguments, given)
         found: Values = ([], [])
-        if not take(self.inner(*args, **kwargs), found).same(self._results):
+        same = take(self.inner(*args, **kwargs), found).same(self._results)
+        if not same or not all(map(self._fits, found[0], self._like)):
             raise DataError(
                 f"{self.path} ({type(self.inner).__name__}), which could not be captured and runs "
                 "as it is, returned other numbers or another structure than for the example inputs"
             )
         return found[0]
+
+    @staticmethod
+    def _fits(tensor: Tensor, like: tuple[tuple[int, ...], torch.dtype]) -> bool:
+        """Whether a result has the shape that the graph was written for; its rows are free."""
+        shape, _ = like
+        return tensor.dim() == len(shape) and tuple(tensor.shape[1:]) == shape[1:]
 
 
 _CALLS: ContextVar[list[Call]] = ContextVar("cgmq_fx_opaque_calls")

@@ -176,6 +176,20 @@ def test_other_numbers_than_in_the_example_are_refused() -> None:
         module(torch.zeros(4, 8))
 
 
+class Cuts(nn.Module):
+    """Returns fewer columns for some values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :1] if float(x.detach().max()) > 1e6 else x
+
+
+def test_other_shapes_than_in_the_example_are_refused() -> None:
+    module = captured(Block(Cuts()))
+    assert calls(module) == ["inner.0"]
+    with pytest.raises(DataError, match=r"inner\.0 .*another structure"):
+        module(torch.full((4, 8), 1e9))
+
+
 class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
