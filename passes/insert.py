@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import networkx as nx
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -74,6 +73,8 @@ def _shared(module: GraphModule, wanted: Mapping[Node, list[_Place]]) -> list[li
     A weight that several nodes of one kind read is one layer applied several times (the steps of a
     recurrence, a shared trunk), so what it is applied to is one tensor at several times.
     """
+    import networkx as nx  # slow
+
     same = nx.Graph()
     same.add_nodes_from(wanted)
     first: dict[tuple[Node, object], Node] = {}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from math import prod
 
-import networkx as nx
 from torch import SymInt
 from torch.fx import GraphModule, Node
 
@@ -123,6 +122,8 @@ def _readers(user: Node, storage: dict[Node, Node]) -> list[Node]:
 
 def _quantizers(module: GraphModule, members: dict[Node, list[Node]]) -> dict[Node, str]:
     """The quantizer of every tensor: its own, else the one that all its readers lead to."""
+    import networkx as nx  # slow
+
     found: dict[Node, str] = {}
     root_of = {node: root for root, nodes in members.items() for node in nodes}
     flow = nx.DiGraph()

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils.flop_counter import FlopCounterMode
 
 from cgmq_fx.cost_models.errors import CaptureError, DataError
 from cgmq_fx.passes.infra import Pass, PassResult
 from cgmq_fx.passes.inputs import ExampleInputs
 from cgmq_fx.passes.templates import Template, Values, put, take
+from cgmq_fx.passes.tracing import is_free
 
 OPAQUE = "cgmq_opaque"
 
@@ -147,7 +147,7 @@ def _(tensors: Sequence[Tensor], numbers: Sequence[int], call: int) -> list[Tens
     known = _CALLS.get()[call].example
     batch: Any = known.batch
     for tensor in tensors:
-        if tensor.dim() and free_symbols(tensor.shape[0]) and tensor.shape[0] == known.batch:
+        if tensor.dim() and is_free(tensor.shape[0]) and tensor.shape[0] == known.batch:
             batch = tensor.shape[0]
             break
     return [

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import CaptureError
@@ -127,9 +126,16 @@ def any_batch(module: GraphModule, inputs: ExampleInputs) -> bool:
     sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()]
     given = [t.shape[0] for t in inputs.tensors if t.dim()]
     if len(given) != len(sizes):
-        return bool(sizes) and all(free_symbols(size) for size in sizes)
+        return bool(sizes) and all(map(is_free, sizes))
     own = [size for size, known in zip(sizes, given, strict=True) if known == batch]
-    return bool(own) and all(free_symbols(size) for size in own)
+    return bool(own) and all(map(is_free, own))
+
+
+def is_free(size: int | torch.SymInt) -> bool:
+    """Whether a size of a traced tensor may vary."""
+    from torch.fx.experimental.symbolic_shapes import free_symbols  # slow: SymPy
+
+    return bool(free_symbols(size))
 
 
 def free_batch(model: nn.Module, inputs: ExampleInputs) -> Any:

@@ -63,6 +63,12 @@ def test_import_does_not_wait_for_torch(module: str, tmp_path: Path) -> None:
     assert run(sys.executable, "-c", code, cwd=tmp_path, python_path=str(ROOT)) == "False\n"
 
 
+def test_public_names_do_not_wait_for_what_only_some_of_them_use(tmp_path: Path) -> None:
+    slow = {"matplotlib", "networkx", "onnx", "onnxruntime", "pandas", "sympy", "torch.onnx"}
+    code = f"import sys, cgmq_fx; cgmq_fx.quantize; print(sorted({slow} & sys.modules.keys()))"
+    assert run(sys.executable, "-c", code, cwd=tmp_path, python_path=str(ROOT)) == "[]\n"
+
+
 ALLOWED = {
     "cost_models": ("cgmq_fx.cost_models",),
     "passes": ("cgmq_fx.cost_models", "cgmq_fx.passes"),

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from cgmq_fx.cost_models.errors import ExportError
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.codes import IN_ATEN
-from cgmq_fx.passes.tracing import free_batch
+from cgmq_fx.passes.tracing import free_batch, is_free
 
 
 def exported_program(module: GraphModule, inputs: ExampleInputs) -> ExportedProgram:
@@ -59,7 +58,7 @@ def in_aten(program: ExportedProgram) -> ExportedProgram:
 def is_dynamic(program: ExportedProgram) -> bool:
     """Whether the program takes any batch size."""
     values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"]
-    return any(bool(free_symbols(v.shape[0])) for v in values if isinstance(v, Tensor) and v.dim())
+    return any(is_free(v.shape[0]) for v in values if isinstance(v, Tensor) and v.dim())
 
 
 @contextmanager
