@@ -187,6 +187,20 @@ class Controller:
         if self.taken >= self.steps:
             self.freeze()
 
+    def fix(self, bits: Assignment) -> None:
+        """End the search with bit-widths of one's own.
+
+        Raises:
+            OptionError: If they do not satisfy the budget, or the search has ended already.
+        """
+        if self.frozen:
+            raise OptionError("the bit-widths are frozen already")
+        self.start(bits)
+        if not self.satisfied:
+            broken = ", ".join(str(state) for state in self.states if not state.satisfied)
+            raise OptionError(f"these bit-widths do not satisfy the budget: {broken}")
+        self._end()
+
     def freeze(self) -> None:
         """End the search with the best assignment that satisfies the budget and leaves no slack."""
         if self.frozen:

@@ -39,10 +39,10 @@ from cgmq_fx.training import (
     Metric,
     OptimizerFactory,
     default_optimizer,
+    search_steps,
 )
 from cgmq_fx.turns import TURN
 
-_SEARCH_SHARE = 0.4
 DEFAULT_EPOCHS = 10
 
 
@@ -123,7 +123,7 @@ def quantize(
         if val_data is not None:
             first_batch(val_data, "val_data")
         steps = epochs * batch_count(data)
-        search = max(1, round(_SEARCH_SHARE * steps))
+        search = search_steps(steps)
         way = direction_of(direction)
         backend = "inductor" if compile is True else compile or None
         identity = {

@@ -118,6 +118,11 @@ class Prepared:
         return self._controller
 
     @property
+    def tables(self) -> Mapping[str, RangeTable]:
+        """The calibrated ranges of every quantizer, by bit-width."""
+        return self._tables
+
+    @property
     def example_inputs(self) -> ExampleInputs:
         """The inputs that the model was captured with."""
         return self._inputs
@@ -176,9 +181,20 @@ class Prepared:
         """Move the gates; call it after `optimizer.step()`."""
         self._controller.step()
 
-    def freeze(self) -> None:
-        """End the search now: freeze the best bit-widths that satisfy the budget."""
-        self._controller.freeze()
+    def freeze(self, bits: Assignment | None = None) -> None:
+        """End the search now: freeze the best bit-widths that satisfy the budget, or given ones.
+
+        Args:
+            bits: The bit-widths of quantizers by name, one entry per gate; those that are left out
+                keep the most bits that they may have.
+
+        Raises:
+            OptionError: If the given bit-widths do not satisfy the budget, or others are frozen.
+        """
+        if bits is None:
+            self._controller.freeze()
+        else:
+            self._controller.fix(bits)
 
     def gate_record(self, step: int) -> GateRecord:
         """Where the gates stand: the mean gate and bit-width of every quantizer."""

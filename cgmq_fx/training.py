@@ -21,6 +21,7 @@ OptimizerFactory: TypeAlias = Callable[[list[dict[str, Any]]], Optimizer]
 _WEIGHT_RATE = 1e-3
 _RANGE_RATE = 1e-2
 _WARMUP = 0.02
+_SEARCH_SHARE = 0.4
 
 
 def default_optimizer(groups: list[dict[str, Any]]) -> Optimizer:
@@ -40,6 +41,11 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
         {"params": ranges, "lr": _RANGE_RATE, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def search_steps(total: int) -> int:
+    """How many of `total` steps search bit-widths; the rest tunes."""
+    return max(1, round(_SEARCH_SHARE * total))
 
 
 def schedule(search: int, total: int) -> Callable[[int], float]:

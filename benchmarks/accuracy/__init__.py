@@ -1,0 +1,1 @@
+"""Accuracy under hard bounds: networks, bounds, baselines, tables and plots, one command."""
