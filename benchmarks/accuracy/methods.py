@@ -181,7 +181,7 @@ def _penalty(job: Job, model: nn.Module, train: Batches, test: Data, folder: Pat
     steps = job.epochs * len(train)
     search = search_steps(steps)
     penalised = Penalised(prepared, float(job.bound.rpartition(":")[2]))
-    optimizer = default_optimizer([*parameter_groups(prepared.model), *penalised.groups()])
+    optimizer = default_optimizer(penalised.groups())
     rate = LambdaLR(optimizer, schedule(search, steps))
     batches = chain.from_iterable(repeat(train))
     prepared.model.train()

@@ -18,10 +18,10 @@ from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.kernel import fake_quantize
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.prepared import Prepared
+from cgmq_fx.training import parameter_groups
 
 _LARGEST = 8
-_RANGE_RATE = 1e-2
-_PLACE_RATE = 1e-2
+_RATE = 1e-2
 
 
 class Soft(nn.Module):
@@ -101,11 +101,13 @@ class Penalised:
         setattr(container, name, module)
 
     def groups(self) -> list[dict[str, Any]]:
-        """Parameter groups of the bit-widths and their ranges."""
-        return [
-            {"params": [s.log_range for s in self._soft.values()], "lr": _RANGE_RATE},
-            {"params": [s.place for s in self._soft.values()], "lr": _PLACE_RATE},
-        ]
+        """Parameter groups: the weights as always, then ranges and places."""
+        own = [p for soft in self._soft.values() for p in soft.parameters()]
+        known = {id(p) for p in own}
+        groups = parameter_groups(self.prepared.model)
+        for group in groups:
+            group["params"] = [p for p in group["params"] if id(p) not in known]
+        return [*(g for g in groups if g["params"]), {"params": own, "lr": _RATE}]
 
     def penalty(self) -> Tensor:
         """The weight times the relative BOPs."""
