@@ -40,6 +40,7 @@ class Soft(nn.Module):
         self.log_range = nn.Parameter(torch.zeros_like(quantizer.log_range))
         self.place = nn.Parameter(torch.tensor(float(len(widths) - 1)))
         self.widths = widths
+        self.register_buffer("bits", quantizer.bits)  # the graph reads it, for biases
         self.register_buffer("ranges", log_ranges[usable])
         self.register_buffer("gates", torch.tensor(widths, dtype=torch.int32))
 
