@@ -277,6 +277,7 @@ def _history(data: Mapping[str, Any]) -> History:
             _metrics(r["metrics"]),
             _numbers(r["costs"]),
             r["satisfied"] is True,
+            {shown_text(n): (int(a), int(b)) for n, (a, b) in r.get("silent", {}).items()},
         )
         for r in data["epochs"]
     ]

@@ -21,7 +21,7 @@ from safetensors.torch import save as serialize
 from cgmq_fx.cost_models.errors import CheckpointError, OptionError
 from cgmq_fx.packing import pack, unpack
 
-FORMAT = 1
+FORMAT = 2
 NEWEST = "newest.safetensors"
 PREVIOUS = "previous.safetensors"
 _KEY = "cgmq_fx.checkpoint"

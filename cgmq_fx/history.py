@@ -43,6 +43,8 @@ class EpochRecord:
         metrics: Measurements on the validation data, by name; empty without.
         costs: The cost of every constraint, as a share of its bound.
         satisfied: Whether the budget held at the end of the epoch.
+        silent: Where values are rounded, channels in which all were 0 for its last batch though
+            they have bits: by the name of the quantizer how many, and of how many.
     """
 
     epoch: int
@@ -51,6 +53,7 @@ class EpochRecord:
     metrics: dict[str, float]
     costs: tuple[float, ...]
     satisfied: bool
+    silent: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

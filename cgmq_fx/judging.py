@@ -35,6 +35,8 @@ def judged(name: str, function: Loss | Metric, output: Any, target: Any) -> Tens
     """What the user's loss or metric says: one number."""
     try:
         value = function(output, target)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         raise DataError(
             f"{name}(output, target) failed: {type(error).__name__}: {error}; the output is "

@@ -22,12 +22,14 @@ class Position:
         sources: What batches come from, for training and for validation.
         epoch: The epoch, counted from 1.
         batch: Batches of it that are done.
+        last: The last one that was.
     """
 
     total: Tensor
     sources: Sequence[Any] = ()
     epoch: int = 1
     batch: int = 0
+    last: Any = None
     _start: RandomState | None = field(default=None, init=False)
     _resumed: RandomState | None = field(default=None, init=False)
 
@@ -42,15 +44,15 @@ class Position:
             return iter(data)
         self._start.restore(self.sources)
         batches = iter(data)
-        for _ in islice(batches, self.batch):
-            pass
+        for batch in islice(batches, self.batch):
+            self.last = batch
         self._resumed.restore(self.sources)
         return batches
 
     def advance(self) -> None:
         """Go to the beginning of the next epoch."""
         self.total, self.batch = torch.zeros_like(self.total), 0
-        self.epoch += 1
+        self.epoch, self.last = self.epoch + 1, None
         self._start = self._resumed = None
 
     def state_dict(self) -> dict[str, Any]:

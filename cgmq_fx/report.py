@@ -30,6 +30,7 @@ def as_dict(result: Result) -> dict[str, Any]:
         "satisfied": report.satisfied,
         "constraints": [_state(state) for state in report.states],
         "metrics": result.metrics,
+        "warnings": list(result.warnings),
         "nodes": [
             {
                 "name": node.name,
@@ -129,6 +130,7 @@ def _quantizer_table(result: Result, names: list[str]) -> Table:
 def _footer(result: Result) -> list[str]:
     lines = [str(state) for state in result.cost.states]
     lines += [f"{name} {value:.4g}" for name, value in result.metrics.items()]
+    lines += [f"warning: {text}" for text in result.warnings]
     lines += result.cost.rounded_up()
     lines += result.cost.facts.remarks
     return [*lines, f"({result.cost.convention})"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from math import isfinite, nan
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import CgmqError
-from cgmq_fx.history import History
+from cgmq_fx.history import EpochRecord, History
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.infra import place
 from cgmq_fx.passes.quantizer import Quantizer
@@ -55,40 +57,112 @@ def broken_gradient(module: GraphModule) -> str | None:
     return next((name for name, grad in grads.items() if not _finite([grad])), None)
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A state that satisfies the budget.
+
+    Attributes:
+        state: What `Prepared.state_dict` gave.
+        epoch: The epoch that it is the end of.
+        score: What it is judged by: the loss on the validation data, else `loss`.
+        loss: The mean training loss of the epoch.
+    """
+
+    state: dict[str, Any]
+    epoch: int
+    score: float
+    loss: float
+
+
 class Rescue:
-    """Keeps the last good state of a run, and makes a result of it.
+    """Keeps the best state of a run, on the CPU, and makes a result of it.
 
     Args:
-        prepared: The model that is trained.
+        prepared: The model that is trained; as it is now, it is the start.
+
+    Attributes:
+        start: The state before the first step.
+        best: The best state at the end of an epoch that satisfied the budget, if there is one.
     """
 
     def __init__(self, prepared: Prepared) -> None:
         self._prepared = prepared
-        self._good: dict[str, Any] = {}
-        self.keep()
+        self.start = self._now()
+        self._good = self.start
+        self.best: Kept | None = None
 
-    def keep(self) -> None:
-        """Remember the current state, on the CPU, unless it is broken."""
-        if broken_state(self._prepared.model) is None:
-            state = self._prepared.state_dict()
-            self._good = pytree.tree_map_only(Tensor, lambda t: t.cpu(), state)
+    def keep(self, record: EpochRecord, satisfied: bool) -> None:
+        """Remember the current state, unless it is broken or a better one is known.
 
-    def result(self, optimizer: Optimizer, history: History) -> Result | None:
-        """The current state, or the last good one, as a result; None if nothing can be made of it.
+        Args:
+            record: The epoch that has just ended.
+            satisfied: Whether the budget held in all of it, so that its training loss tells.
+        """
+        if broken_state(self._prepared.model) is not None:
+            return
+        judged = record.metrics.get("loss", record.loss if satisfied else nan)
+        if record.satisfied and isfinite(judged):
+            if self.best is None or judged <= self.best.score:
+                self.best = Kept(self._now(), record.epoch, judged, record.loss)
+                self._good = self.best.state
+        elif self.best is None:
+            self._good = self._now()
+
+    def result(
+        self, optimizer: Optimizer, history: History, recent: float | None = None
+    ) -> Result | None:
+        """The current state, or the best one, as a result; None if nothing can be made of it.
 
         Args:
             optimizer: Its gradients are dropped first: memory may be what is missing.
             history: What was recorded so far.
+            recent: The mean training loss since the last epoch ended, if a step was taken since.
         """
         optimizer.zero_grad(set_to_none=True)
+        own, best = self._prepared, self.best
         try:
-            if broken_state(self._prepared.model) is not None:
-                self._prepared.load_state_dict(self._good)
-            result = self._prepared.finalize()
+            worse = best is not None and not (
+                own.satisfied and recent is not None and recent <= best.loss
+            )
+            if worse or broken_state(own.model) is not None:
+                own.load_state_dict(self._good)
+            result = own.finalize()
         except (CgmqError, RuntimeError, MemoryError):
             return None
         result.history = history
         return result
+
+    def others(self, epochs: int) -> Iterator[tuple[str, Result]]:
+        """What there is besides the state after `epochs` epochs, which is put back in the end.
+
+        First the best epoch, if it is not the last one, then the start, without any training.
+        """
+        now, best = self._now(), self.best
+        kept = []
+        if best is not None and best.epoch < epochs:
+            kept.append((f"epoch {best.epoch}", best.state))
+        try:
+            for name, state in [*kept, ("the calibrated start, without training", self.start)]:
+                self._prepared.load_state_dict(state)
+                yield name, self._prepared.finalize()
+        finally:
+            self._prepared.load_state_dict(now)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best state; the start is known to whoever makes the same call again."""
+        kept = self.best
+        return {} if kept is None else {f.name: getattr(kept, f.name) for f in fields(kept)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self.best = Kept(**state) if state else None
+        self._good = self._now() if self.best is None else self.best.state
+
+    def _now(self) -> dict[str, Any]:
+        state: dict[str, Any] = pytree.tree_map_only(
+            Tensor, lambda t: t.cpu(), self._prepared.state_dict()
+        )
+        return state
 
 
 class _First(Interpreter):

@@ -32,6 +32,8 @@ class Result:
         inputs: Example inputs, from which shapes are taken.
         history: What was recorded on the way.
         metrics: Measurements of `model` on the validation data, by name.
+        warnings: What went wrong in training, though it came to an end: a loss that never fell, a
+            layer that is silent.
     """
 
     model: GraphModule
@@ -40,6 +42,7 @@ class Result:
     inputs: ExampleInputs
     history: History = field(default_factory=History)
     metrics: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def save(self, path: str | Path) -> Path:
         """Write the model, its budget and its history to one safetensors file.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from math import isfinite
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +28,7 @@ from cgmq_fx.data import (
     Signature,
     split_batch,
 )
+from cgmq_fx.health import silent_channels
 from cgmq_fx.history import EpochRecord, History, StepRecord
 from cgmq_fx.identity import optimizer_identity
 from cgmq_fx.interrupt import Interrupt
@@ -45,9 +47,11 @@ from cgmq_fx.training import (
     parameter_groups,
     schedule,
 )
+from cgmq_fx.verdict import verdict
 
 _CHECK_EVERY = 25
 _GATE_RECORDS = 100
+_JUDGED_BATCHES = 16
 
 
 class Run:
@@ -110,6 +114,7 @@ class Run:
             self.scheduler.load_state_dict(state["scheduler"])
             self.history.load_state_dict(state["history"])
             self.position.load_state_dict(state["position"])
+            self.rescue.load_state_dict(state["best"])
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the checkpoint in {options.folder} is damaged: {error}"
@@ -125,6 +130,7 @@ class Run:
                     "scheduler": self.scheduler.state_dict(),
                     "history": self.history.state_dict(),
                     "position": self.position.state_dict(),
+                    "best": self.rescue.state_dict(),
                 }
             )
 
@@ -137,11 +143,15 @@ class Run:
                 while self.position.epoch <= epochs:
                     self._epoch(data, val_data)
                     self.position.advance()
-                    self.rescue.keep()
             self._keep(last=True)
+            return self._finished(data, val_data)
         except CgmqError as error:
             error.result = self._rescued()
             raise
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            failed = TrainingError(f"{self._where('failed')}: {error}; use smaller batches")
+            failed.result = self._rescued()
+            raise failed from error
         except KeyboardInterrupt as error:
             if self.interrupt.asked:
                 raise
@@ -151,7 +161,23 @@ class Run:
         finally:
             for listener in self.listeners:
                 listener.on_end()
+
+    def _finished(self, data: Iterable[Any], val_data: Iterable[Any] | None) -> Result:
+        """The last state as a result, or a better one, measured."""
         result = self.prepared.finalize()
+        result.history = self.history
+        source, name = (data, "train_data") if val_data is None else (val_data, "val_data")
+        judged: list[Batch] = []
+
+        def losses(model: nn.Module) -> list[float]:
+            if not judged:
+                found = islice(self._guarded(lambda: iter(source), name), _JUDGED_BATCHES)
+                judged.extend(self._batch(raw) for raw in found)
+            with torch.no_grad():
+                own = [self._loss(self._call(model.eval(), b.inputs), b) for b in judged]
+            return [float(loss) for loss in own]
+
+        result = verdict(result, self.rescue, self.history, losses)
         result.history = self.history
         if val_data is not None:
             result.metrics = self._evaluate(result.model, val_data)
@@ -159,36 +185,44 @@ class Run:
 
     def _rescued(self) -> Result | None:
         """What was reached, if a step was taken."""
-        done = self.history.steps
-        return self.rescue.result(self.optimizer, self.history) if done else None
+        at = self.position
+        recent = float(at.total) / at.batch if at.batch else None
+        return (
+            self.rescue.result(self.optimizer, self.history, recent) if self.history.steps else None
+        )
 
     def _where(self, what: str) -> str:
         return f"{what} after step {len(self.history.steps)} of {self.steps}"
 
-    def _fetched(self, data: Iterable[Any]) -> Iterator[Any]:
-        """The batches of an epoch; what their source raises is an error that says where."""
-        at, batches = self.position, None
+    def _guarded(
+        self, start: Callable[[], Iterator[Any]], name: str, done: int = 0
+    ) -> Iterator[Any]:
+        """Batches; what their source raises is an error that says where."""
+        batches = None
         while True:
             try:
-                batches = at.batches(data) if batches is None else batches
+                batches = start() if batches is None else batches
                 raw = next(batches)
             except StopIteration:
                 return
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
             except Exception as error:
                 if self.interrupt.asked:  # the workers of a loader are interrupted as well
                     raise StoppedError(self._where("stopped")) from error
                 raise DataError(
-                    f"train_data failed at batch {at.batch + 1} of epoch {at.epoch} "
-                    f"({self._where('step')[5:]}): {type(error).__name__}: {error}"
+                    f"{name} failed at batch {done + 1} of epoch {self.position.epoch} "
+                    f"({self._where('').strip()}): {type(error).__name__}: {error}"
                 ) from error
             yield raw
+            done += 1
 
     def _epoch(self, data: Iterable[Any], val_data: Iterable[Any] | None) -> None:
         at = self.position
         self.model.train()
-        for raw in self._fetched(data):
+        for raw in self._guarded(lambda: at.batches(data), "train_data", at.batch):
             at.total += self._step(self._batch(raw))
-            at.batch += 1
+            at.batch, at.last = at.batch + 1, raw
             self._keep(last=self.interrupt.asked)
             if self.interrupt.asked:
                 raise StoppedError(self._where("stopped"))
@@ -204,8 +238,11 @@ class Run:
             metrics,
             self._costs(),
             self.prepared.satisfied,
+            silent_channels(self.model, self._batch(at.last).inputs),
         )
         self.history.epochs.append(record)
+        held = all(max(step.costs) <= 1.0 for step in self.history.steps[-at.batch :])
+        self.rescue.keep(record, held)
         for listener in self.listeners:
             listener.on_epoch(record)
 
@@ -302,7 +339,7 @@ class Run:
     def _evaluate(self, model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
         model.eval()
         means = Means()
-        for raw in data:
+        for raw in self._guarded(lambda: iter(data), "val_data"):
             batch = self._batch(raw)
             size = batch.inputs.batch or 1
             output = self._call(model, batch.inputs)

@@ -25,7 +25,7 @@ from cgmq_fx import (
     TrainingError,
     quantize,
 )
-from cgmq_fx.history import StepRecord
+from cgmq_fx.history import EpochRecord, StepRecord
 from cgmq_fx.passes.quantizer import Quantizer
 
 BATCHES = [(torch.rand(4, 6), torch.randint(3, (4,))) for _ in range(4)]
@@ -49,12 +49,14 @@ class At(Callback):
 class Breaking(list[Any]):
     """Batches that end in an error in the second epoch."""
 
-    epochs = 0
+    def __init__(self, batches: list[Any], spared: int = 4) -> None:
+        super().__init__(batches)
+        self.left = spared  # for training: two looks, calibration and the first epoch
 
     def __iter__(self) -> Iterator[Any]:
-        self.epochs += 1
+        self.left -= 1
         yield from self[:2]
-        if self.epochs > 4:  # two looks, calibration and the first epoch are spared
+        if self.left < 0:
             raise OSError("the network drive is gone")
         yield from self[2:]
 
@@ -125,9 +127,23 @@ POISONED = [*BATCHES[:2], (torch.full((4, 6), NAN), BATCHES[0][1]), BATCHES[3]]
             "train_data failed at batch 3 of epoch 2 .*OSError: the network drive is gone",
             6,
         ),
+        (
+            [],
+            {"val_data": Breaking(BATCHES, 3)},  # a look and two epochs
+            DataError,
+            r"val_data failed at batch 3 of epoch 3 \(after step 12 of 20\): OSError: the network",
+            12,
+        ),
+        (
+            [],
+            {"val_data": Breaking(BATCHES, 6)},  # a look and all epochs
+            DataError,
+            r"val_data failed at batch 3 of epoch 6 \(after step 20 of 20\)",
+            20,
+        ),
         ([At(5, lambda _: os.kill(os.getpid(), signal.SIGINT))], {}, StoppedError, "step 6 of", 6),
     ],
-    ids=["data", "weight", "output", "range", "loader", "ctrl-c"],
+    ids=["data", "weight", "output", "range", "loader", "validation", "end", "ctrl-c"],
 )
 def test_what_was_reached_is_offered(
     callbacks: list[Callback],
@@ -161,6 +177,47 @@ def test_out_of_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     ) as caught:
         run()
     assert usable(caught.value, 5)
+
+
+def test_out_of_memory_while_validating_is_said() -> None:
+    calls = []
+
+    def hungry(*_: Any) -> float:
+        calls.append(0)
+        if len(calls) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 0.0
+
+    with pytest.raises(
+        TrainingError, match=r"failed after step 8 of 20.*smaller batches"
+    ) as caught:
+        run(val_data=BATCHES, metric=hungry)
+    assert usable(caught.value, 8)
+
+
+def test_the_best_epoch_is_offered_rather_than_the_last_state() -> None:
+    """In the fifth epoch a weight is lost, in the sixth the loader fails."""
+    seen: dict[str, Tensor] = {}
+
+    class Watching(Callback):
+        def on_start(self, prepared: Prepared, steps: int) -> None:
+            self.prepared = prepared
+
+        def on_step(self, record: StepRecord) -> None:
+            if record.step == 16:
+                self.prepared.model.get_parameter("2.bias").data[0] = 50.0
+
+        def on_epoch(self, record: EpochRecord) -> None:
+            seen[f"{record.epoch}"] = self.prepared.model.get_parameter("2.weight").detach().clone()
+            losses[record.epoch] = record.metrics["loss"]
+
+    losses: dict[int, float] = {}
+    with pytest.raises(DataError, match="epoch 6") as caught:
+        run(Watching(), data=Breaking(BATCHES, 8), val_data=BATCHES, epochs=8)
+    best = min(losses, key=lambda epoch: (losses[epoch], -epoch))
+    assert best < 5
+    assert usable(caught.value, 22)
+    assert torch.equal(caught.value.result.model.get_parameter("2.weight"), seen[f"{best}"])
 
 
 def interrupt_twice(_: Prepared) -> None:
