@@ -24,6 +24,7 @@ from cgmq_fx.cost_models import (
     ConstraintState,
     GraphFacts,
     Ledger,
+    kept_channels,
     lowest_bits,
     relevance,
 )
@@ -199,6 +200,7 @@ class Controller:
         if not self.satisfied:
             broken = ", ".join(str(state) for state in self.states if not state.satisfied)
             raise OptionError(f"these bit-widths do not satisfy the budget: {broken}")
+        self._settle(torch.from_numpy(self._without_pruned(self.levels)))
         self._end()
 
     def freeze(self) -> None:
@@ -212,8 +214,23 @@ class Controller:
         best = min(
             projected, key=lambda p: self.layout.loss(torch.from_numpy(p), self._sensitivity)
         )
-        self._settle(torch.from_numpy(best))
+        self._settle(torch.from_numpy(self._without_pruned(best)))
         self._end()
+
+    def _without_pruned(self, levels: Levels) -> Levels:
+        """The levels with the gates of channels that are pruned at their lowest.
+
+        They cost nothing and carry nothing, but would set the grid of the biases behind them.
+        """
+        levels = levels.copy()
+        bits = self.layout.assignment(levels)
+        for _, facts, part in self.layout:
+            for node in self.ledger.graph.readers[facts.name] if facts.gates > 1 else ():
+                for operand in self.ledger.graph.nodes[node].operands:
+                    kept = kept_channels(operand, bits)
+                    if operand.quantizer == facts.name and kept.size == facts.gates:
+                        levels[part] *= kept
+        return levels
 
     def _end(self) -> None:
         for quantizer in self._quantizers:

@@ -317,7 +317,8 @@ def _module_to_json(name: str, owner: nn.Module) -> dict[str, Any]:
         return {"type": "TrainingFlag"}
     if isinstance(owner, BiasQuantizer):
         signs = {"input_signed": owner.input_signed, "weight_signed": owner.weight_signed}
-        return {"type": "BiasQuantizer", **signs, "power_of_two": owner.power_of_two}
+        options = {"power_of_two": owner.power_of_two, "axis": owner.axis}
+        return {"type": "BiasQuantizer", **signs, **options}
     if not isinstance(owner, Quantizer):
         raise ArtifactError(f"{name} is a {type(owner).__name__}, which an artifact cannot hold")
     spec = owner.spec
@@ -339,7 +340,10 @@ def _module_from_json(entry: Mapping[str, Any]) -> nn.Module:
         return TrainingFlag()
     if kind == "BiasQuantizer":
         signs = entry["input_signed"] is True, entry["weight_signed"] is True
-        return BiasQuantizer(*signs, entry.get("power_of_two") is True)
+        axis = entry.get("axis")
+        if axis not in (None, 0, 1, 2, 3, 4):
+            raise ArtifactError(f"the file has a bias along axis {axis!r}")
+        return BiasQuantizer(*signs, entry.get("power_of_two") is True, axis)
     if kind != "Quantizer":
         raise ArtifactError(f"the file holds a module of type {kind!r}, which is not known")
     widths = entry["bit_widths"]

@@ -48,6 +48,7 @@ from cgmq_fx.passes.normalise import (
     RemoveNoOps,
     SwitchModes,
 )
+from cgmq_fx.passes.prune import RemovePrunedChannels
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.passes.recompute import recompute_rounded
 from cgmq_fx.passes.scheme import Scheme
@@ -251,7 +252,12 @@ class Prepared:
                 library or a cost model with hidden state.
         """
         self._controller.freeze()
-        frozen = run_passes(copy_graph(self.model), [Freeze(self._controller.assignment)])
+        passes = [
+            Freeze(self._controller.assignment),
+            PropagateShapes(self._inputs),
+            RemovePrunedChannels(),
+        ]
+        frozen = run_passes(copy_graph(self.model), passes)
         frozen.eval()
         return Result(frozen, verify(frozen, self._inputs, self.budget), self.budget, self._inputs)
 

@@ -9,6 +9,7 @@ from cgmq_fx.cost_models.bits import (
     GraphBits,
     NodeBits,
     graph_bits,
+    kept_channels,
     node_bits,
 )
 from cgmq_fx.cost_models.builtin import BOPs, MACs, WeightMemory
@@ -67,6 +68,7 @@ __all__ = [
     "cost_model",
     "graph_bits",
     "highest_bits",
+    "kept_channels",
     "load_target",
     "lowest_bits",
     "node_bits",

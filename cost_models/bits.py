@@ -14,7 +14,14 @@ from typing import TypeAlias, overload
 import numpy as np
 import numpy.typing as npt
 
-from cgmq_fx.cost_models.facts import FLOAT_BITS, GraphFacts, NodeFacts, Operand, TensorFacts
+from cgmq_fx.cost_models.facts import (
+    FLOAT_BITS,
+    GraphFacts,
+    NodeFacts,
+    Operand,
+    Stored,
+    TensorFacts,
+)
 
 BitArray: TypeAlias = npt.NDArray[np.int64]
 Assignment: TypeAlias = Mapping[str, BitArray]
@@ -25,6 +32,7 @@ _FEW = 128
 """Up to so many gates, Python's sum is faster than numpy's."""
 
 _FLOAT: BitArray = np.array([FLOAT_BITS])
+_ALL: BitArray = np.array([1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +108,7 @@ def tensor_bits(tensor: TensorFacts, assignment: Assignment) -> int:
 
 def node_bits(node: NodeFacts, assignment: Assignment) -> NodeBits:
     """The bits of `node` under `assignment`."""
-    stored = 0
-    for s in node.stored:
-        gates = None if s.quantizer is None else assignment[s.quantizer]
-        stored += s.elements * s.bits if gates is None else _stored(s.elements, gates)
+    stored = sum(_stored(s, node, assignment) for s in node.stored)
     if not node.operands:
         return NodeBits((), stored)
     first, second = node.operands
@@ -111,17 +116,44 @@ def node_bits(node: NodeFacts, assignment: Assignment) -> NodeBits:
 
 
 def _gates(operand: Operand, assignment: Assignment) -> BitArray:
-    if operand.quantizer is None:
-        return _FLOAT
-    gates = assignment[operand.quantizer]
+    gates = _FLOAT if operand.quantizer is None else assignment[operand.quantizer]
+    if operand.pruning is not None:
+        gates = gates * kept_channels(operand, assignment)
     return gates if gates.size == 1 else gates.reshape(operand.meets)
 
 
-def _stored(elements: int, gates: BitArray) -> int:
-    """Bits of `elements` elements, an equal number of which belong to each gate."""
+def kept_channels(pruned: Operand | Stored, assignment: Assignment) -> BitArray:
+    """1 for every channel of an operand, or of what is stored, that is not pruned, 0 for others.
+
+    One number for all where there is one gate, or no pruning.
+    """
+    pruning = pruned.pruning
+    if pruning is None:
+        return _ALL
+    gates = assignment[pruning.quantizer]
+    if gates.size > 1:
+        gates = gates.reshape(pruning.gates).max(axis=(0, 2))
+    return np.minimum(gates, 1)
+
+
+def _stored(stored: Stored, node: NodeFacts, assignment: Assignment) -> int:
+    """Bits of a stored tensor: every gate stands for an equal number of elements."""
+    if stored.quantizer is not None:
+        pruned = [o for o in node.operands if o.pruning is not None]
+        gates = assignment[stored.quantizer]
+        if pruned and gates.size == 1:
+            gates = gates * kept_channels(pruned[0], assignment)
+        elif pruned:
+            own = next(o for o in node.operands if o.quantizer == stored.quantizer)
+            kept = kept_channels(pruned[0], assignment).reshape(pruned[0].meets)
+            gates = gates.reshape(own.meets) * kept
+    elif stored.pruning is not None:
+        gates = np.multiply(kept_channels(stored, assignment), stored.bits)
+    else:
+        return stored.elements * stored.bits
     if gates.size == 1:
-        return elements * gates.item()
-    return elements // gates.size * _sum(gates)
+        return stored.elements * gates.item()
+    return stored.elements // gates.size * _sum(gates.ravel())
 
 
 def _sum(gates: BitArray) -> int:

@@ -35,6 +35,19 @@ class Role(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Pruning:
+    """Which channels of an activation are removed: those whose weights all have 0 bits.
+
+    Attributes:
+        quantizer: Name of the quantizer on the weight that makes the channels.
+        gates: Its gates as (before, channels, after), channels in the middle.
+    """
+
+    quantizer: str
+    gates: tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Operand:
     """One of the two factors that a compute node multiplies.
 
@@ -43,13 +56,16 @@ class Operand:
         elements: Elements of the tensor, per sample for an activation.
         quantizer: Name of the quantizer that the operand passes through, or None for float.
         meets: Shape to which the quantizer's gates are reshaped so that they broadcast against the
-            gates of the other operand, element meeting element. Empty for a single gate.
+            gates of the other operand, element meeting element. Empty for a single gate. Where
+            channels can be removed, the shape for one gate per channel.
+        pruning: Which channels have 0 bits because the layer that makes them is pruned, or None.
     """
 
     role: Role
     elements: int
     quantizer: str | None
     meets: tuple[int, ...] = ()
+    pruning: Pruning | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +77,14 @@ class Stored:
         elements: Number of elements.
         quantizer: Name of the quantizer that sets its bits, or None.
         bits: Bits per element where there is no quantizer.
+        pruning: The channels along which the tensor gets shorter, one slice per channel, or None.
     """
 
     name: str
     elements: int
     quantizer: str | None = None
     bits: int = FLOAT_BITS
+    pruning: Pruning | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +117,8 @@ class NodeFacts:
     def quantizers(self) -> Iterator[str]:
         """Names of the quantizers that this node's cost can depend on."""
         names = [o.quantizer for o in self.operands] + [s.quantizer for s in self.stored]
+        prunings = [o.pruning for o in self.operands] + [s.pruning for s in self.stored]
+        names += [p.quantizer for p in prunings if p is not None]
         yield from (name for name in names if name is not None)
 
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from torch.fx import GraphModule, Node
 
-from cgmq_fx.cost_models.facts import GraphFacts, NodeFacts, Operand, QuantizerFacts, Role, Stored
+from cgmq_fx.cost_models.facts import (
+    GraphFacts,
+    NodeFacts,
+    Operand,
+    Pruning,
+    QuantizerFacts,
+    Role,
+    Stored,
+)
 from cgmq_fx.passes.bias import BIASES
+from cgmq_fx.passes.channels import removable_channels
 from cgmq_fx.passes.infra import Pass, PassResult, module_path, place
 from cgmq_fx.passes.insert import QUANTIZERS, operands
 from cgmq_fx.passes.liveness import liveness
@@ -35,18 +44,37 @@ _OWN = (QUANTIZERS, BIASES)
 
 
 def _operands(
-    module: GraphModule, node: Node, op: ComputeOp, live: set[Node], batch: int
+    module: GraphModule,
+    node: Node,
+    op: ComputeOp,
+    live: set[Node],
+    batch: int,
+    pruning: Pruning | None,
 ) -> tuple[Operand, ...]:
     """Weight first, then activation; of two activations, in the order of the op."""
     first, second = operands(node, op)
     found = quantizer_of(module, first), quantizer_of(module, second)
     gates = [q[1].spec.gate_shape if q else () for q in found]
-    meets = meeting(node, op, gates[1], prod(gates[0]))
+    meets = meeting(node, op, gates[1], pruning.gates[1] if pruning else prod(gates[0]))
     rows = [
-        _operand(first, found[0], meets[1], live, batch),
+        replace(_operand(first, found[0], meets[1], live, batch), pruning=pruning),
         _operand(second, found[1], meets[0], live, batch),
     ]
     return tuple(sorted(rows, key=lambda row: row.role is not Role.WEIGHT))
+
+
+def _prunings(module: GraphModule) -> tuple[dict[Node, Pruning], dict[Node, Pruning]]:
+    """Channels that can be removed, by the nodes that make them and by those that read them."""
+    makers, readers = {}, {}
+    for channels in removable_channels(module):
+        makers[channels.maker] = Pruning(channels.weight, channels.gates)
+        readers.update(dict.fromkeys(channels.readers, makers[channels.maker]))
+    return makers, readers
+
+
+def _shortened(stored: list[Stored], own: Pruning | None) -> list[Stored]:
+    """What a layer stores, told that what has no quantizer (its bias) gets shorter with it."""
+    return [s if s.quantizer else replace(s, pruning=own) for s in stored]
 
 
 def _operand(
@@ -102,7 +130,12 @@ def _first_use(module: GraphModule, node: Node, bits: int) -> tuple[Node, str | 
 
 
 def _facts(
-    module: GraphModule, node: Node, stored: list[Stored], live: set[Node], batch: int
+    module: GraphModule,
+    node: Node,
+    stored: list[Stored],
+    live: set[Node],
+    batch: int,
+    pruning: Pruning | None,
 ) -> NodeFacts:
     op, shape = compute_op(node), shape_of(node) or ()
     per_sample = batch if node in live else 1
@@ -111,7 +144,7 @@ def _facts(
     if op is not None:
         first, second = (shape_of(f) or () for f in operands(node, op))
         macs = op.macs(first, second, shape) // per_sample
-        factors = _operands(module, node, op, live, batch)
+        factors = _operands(module, node, op, live, batch, pruning)
     return NodeFacts(
         name=node.name,
         op=str(node.target),
@@ -163,7 +196,8 @@ def annotate(module: GraphModule, batch: int) -> GraphFacts:
         run as they are in `opaque`; the MACs of those are what torch's counter finds, in float.
     """
     live = reachable_from_inputs(module.graph)
-    stored = _stored(module)
+    stored, (makers, readers) = _stored(module), _prunings(module)
+    stored.update({n: _shortened(stored[n], own) for n, own in makers.items() if n in stored})
     nodes, unknown, opaque = [], [], []
     for node in module.graph.nodes:
         node.meta.pop(FACTS, None)
@@ -172,7 +206,9 @@ def annotate(module: GraphModule, batch: int) -> GraphFacts:
             node.meta[FACTS] = _opaque_facts(node, kept, stored.get(node, []), batch)
             opaque.append(f"{kept.path} ({type(kept.inner).__name__})")
         elif compute_op(node) is not None or node in stored:
-            node.meta[FACTS] = _facts(module, node, stored.get(node, []), live, batch)
+            node.meta[FACTS] = _facts(
+                module, node, stored.get(node, []), live, batch, readers.get(node)
+            )
         if FACTS in node.meta:
             nodes.append(node.meta[FACTS])
         if not is_known(node):

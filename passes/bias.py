@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from cgmq_fx.passes.infra import Pass, PassResult
 from cgmq_fx.passes.insert import QUANTIZERS, operands
+from cgmq_fx.passes.meeting import weight_axis
 from cgmq_fx.passes.optable import ComputeOp, argument, compute_op, set_argument
 from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer
 from cgmq_fx.passes.state import quantizer_of, shape_of, tensor_at
@@ -46,7 +47,8 @@ def _quantize(
         return False
     key = (bias, input_name, weight_name)
     if key not in made:
-        quantizer = BiasQuantizer(first.signed, second.signed, first.spec.power_of_two)
+        axis = weight_axis(node, op) if 0 in second.spec.bit_widths else None
+        quantizer = BiasQuantizer(first.signed, second.signed, first.spec.power_of_two, axis)
         module.get_submodule(BIASES).add_module(node.name, quantizer)
         with module.graph.inserting_before(node):
             made[key] = _call(module, node, key)

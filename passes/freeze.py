@@ -52,6 +52,7 @@ class Freeze(Pass):
         """Set the bits and remove what passes everything through."""
         set_bits(module, self.assignment)
         dropped = {n for n, bits in self.assignment.items() if bits.min() >= PASS_THROUGH}
+        dropped -= _needed_for_pruning(module, dropped)
         for node in list(module.graph.nodes):
             if node.op == "call_module" and _is_moot(module, node, dropped):
                 node.replace_all_uses_with(node.args[0])
@@ -64,6 +65,18 @@ class Freeze(Pass):
             if isinstance(quantizer, Quantizer):
                 quantizer.observe(Statistic.NONE)
         return PassResult(module, modified=True)
+
+
+def _needed_for_pruning(module: GraphModule, dropped: set[str]) -> set[str]:
+    """Quantizers of inputs that are read by biases which follow a weight that may be pruned."""
+    needed: set[str] = set()
+    for node in module.graph.nodes:
+        owner = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(owner, BiasQuantizer) and owner.axis is not None:
+            names = [str(a.target).split(".")[1] for a in node.args[1:] if isinstance(a, Node)]
+            if not dropped.issuperset(names[2:]):
+                needed |= set(names[:2])
+    return needed
 
 
 def _is_moot(module: GraphModule, node: Node, dropped: set[str]) -> bool:

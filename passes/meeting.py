@@ -107,7 +107,7 @@ def meeting(node: Node, op: ComputeOp, weight_gates: tuple[int, ...], input_gate
         or size is None
         or size % input_gates
         or len(weight_gates) not in (0, len(shape))
-        or (input_gates > 1 and not _in_order(node, op, input_gates, size))
+        or (input_gates > 1 and not runs_in_order(node, op, input_gates, size))
     ):
         return independent
     dims = weight_gates or (1,) * len(shape)
@@ -115,7 +115,7 @@ def meeting(node: Node, op: ComputeOp, weight_gates: tuple[int, ...], input_gate
     return lined_up or independent
 
 
-def _in_order(node: Node, op: ComputeOp, gates: int, size: int) -> bool:
+def runs_in_order(node: Node, op: ComputeOp, gates: int, size: int) -> bool:
     """Whether the contracted axis runs through the channels that have gates in order.
 
     Found by sending the numbers of the channels through what lies in between: a flattened image

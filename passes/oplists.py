@@ -9,7 +9,8 @@ import torch
 _ATEN = torch.ops.aten
 
 
-def _overloads(names: str) -> frozenset[Any]:
+def overloads(names: str) -> frozenset[Any]:
+    """All overloads of ATen ops, by name; what this torch does not know is left out."""
     found: set[Any] = set()
     for name in names.split():
         packet = getattr(_ATEN, name, None)
@@ -18,7 +19,7 @@ def _overloads(names: str) -> frozenset[Any]:
     return frozenset(found)
 
 
-VIEWS = _overloads(
+VIEWS = overloads(
     """
     view reshape flatten unflatten permute transpose t squeeze unsqueeze contiguous clone alias
     detach movedim swapaxes swapdims numpy_T mT expand expand_as view_as reshape_as _unsafe_view
@@ -27,7 +28,7 @@ VIEWS = _overloads(
 )
 """Ops whose output is their first argument in another shape or place, element for element."""
 
-GRID_PRESERVING = VIEWS | _overloads(
+GRID_PRESERVING = VIEWS | overloads(
     """
     max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
     slice select narrow index_select gather relu amax pixel_shuffle pixel_unshuffle
@@ -38,13 +39,13 @@ GRID_PRESERVING = VIEWS | _overloads(
 )
 """Ops whose output values are values of their first argument (or 0): what is on a grid stays."""
 
-NON_NEGATIVE = _overloads(
+NON_NEGATIVE = overloads(
     """
     relu relu6 sigmoid hardsigmoid softmax _safe_softmax _softmax abs exp square softplus exp2
     var std norm linalg_vector_norm cosh one_hot sqrt rsqrt
     """
 )
-NON_NEGATIVE_IF_INPUTS = GRID_PRESERVING | _overloads(
+NON_NEGATIVE_IF_INPUTS = GRID_PRESERVING | overloads(
     """
     dropout feature_dropout avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
     adaptive_avg_pool2d adaptive_avg_pool3d mean sum add mul div cat stack maximum
@@ -52,13 +53,13 @@ NON_NEGATIVE_IF_INPUTS = GRID_PRESERVING | _overloads(
     hardswish_backward max min to _to_copy
     """
 )
-JOINS = _overloads("cat concat stack")
+JOINS = overloads("cat concat stack")
 """Ops that put tensors side by side: a grid of the output is a grid of every input."""
 
-BINARY = _overloads("add sub mul maximum minimum")
+BINARY = overloads("add sub mul maximum minimum")
 """Element-wise ops that an integer runtime executes on two quantized operands."""
 
-AVERAGES = _overloads(
+AVERAGES = overloads(
     """
     avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
     mean
@@ -66,14 +67,14 @@ AVERAGES = _overloads(
 )
 """Pools that an integer runtime executes on a quantized tensor, with a rescaled result."""
 
-PADS = _overloads("constant_pad_nd pad")
+PADS = overloads("constant_pad_nd pad")
 """Ops that add values around a tensor; zeros are on every grid."""
 
 INTEGER = (
     GRID_PRESERVING
     | JOINS
     | BINARY
-    | _overloads(
+    | overloads(
         """
     avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
     mean relu6 hardtanh clamp leaky_relu dropout constant_pad_nd pad
@@ -88,7 +89,7 @@ FREE = (
     | NON_NEGATIVE_IF_INPUTS
     | JOINS
     | BINARY
-    | _overloads(
+    | overloads(
         """
     add_ sub_ relu_ relu6_ hardtanh hardtanh_ leaky_relu leaky_relu_ elu elu_ selu selu_ celu
     celu_ gelu silu silu_ mish mish_ hardswish hardswish_ hardsigmoid_ tanh tanh_ sigmoid_
@@ -123,10 +124,28 @@ FREE = (
     )
 )
 
-IN_PLACE = _overloads(
+IN_PLACE = overloads(
     """
     relu relu6 hardtanh clamp clamp_min clamp_max leaky_relu elu selu celu gelu silu mish hardswish
     hardsigmoid sigmoid tanh dropout batch_norm softplus abs neg exp sqrt square
     """
 )
 """Element-wise ops of one tensor, which runtimes fuse into its producer or run in place."""
+
+KEEP_ZEROS = overloads(
+    """
+    relu relu6 relu_ relu6_ leaky_relu leaky_relu_ elu elu_ selu selu_ celu celu_ gelu silu silu_
+    mish mish_ hardswish hardswish_ tanh tanh_ softshrink hardshrink tanhshrink softsign dropout
+    dropout_ feature_dropout abs sign square sin
+    """
+)
+"""Element-wise ops of one tensor whose output is 0 where their input is."""
+
+ZERO_POOLS = overloads(
+    """
+    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
+    adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+    adaptive_max_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    """
+)
+"""Ops over space, each channel on its own, that give 0 for a channel of zeros."""

@@ -129,16 +129,46 @@ class Quantizer(nn.Module):
         return self
 
 
+def kept_channels(bits: Tensor, axis: int) -> Tensor:
+    """Which channels of a weight have any bits left, from the bits of its gates.
+
+    Args:
+        bits: One gate, or gates that broadcast against the weight.
+        axis: The axis of the weight that runs over the channels.
+
+    Returns:
+        Booleans, one element or one per channel.
+    """
+    kept = bits > 0
+    if kept.dim() == 0:
+        return kept.reshape(1)
+    return kept.movedim(axis, 0).reshape(kept.shape[axis], -1).any(1)
+
+
 @final
 class BiasQuantizer(nn.Module):
     """Rounds a bias to the int32 grid of its accumulator: input step times weight step.
 
     Runtimes do this silently to a float bias; doing it during training makes the trained network
-    the one that runs. Straight-through gradient; where an operand is float, the bias passes.
+    the one that runs. Straight-through gradient; where an operand is float, the bias passes. Where
+    all weights of a channel have 0 bits, its bias is zero as well: the channel is pruned.
+
+    Args:
+        input_signed: Whether the input's grid has codes below zero.
+        weight_signed: Whether the weight's grid has.
+        power_of_two: Whether steps are powers of two.
+        axis: The axis of the weight that runs over the channels; None if it cannot be pruned.
     """
 
-    def __init__(self, input_signed: bool, weight_signed: bool, power_of_two: bool = False) -> None:
+    def __init__(
+        self,
+        input_signed: bool,
+        weight_signed: bool,
+        power_of_two: bool = False,
+        axis: int | None = None,
+    ) -> None:
         super().__init__()
+        self.axis = axis
         self.input_signed = input_signed
         self.weight_signed = weight_signed
         self.power_of_two = power_of_two
@@ -167,7 +197,10 @@ class BiasQuantizer(nn.Module):
             safe = torch.where(step > 0, step, torch.ones_like(step)).to(wide.dtype)
             codes = (wide / safe).round_().clamp_(-_INT32_CODES, _INT32_CODES)
             change = torch.where(step > 0, codes * safe - wide, torch.zeros_like(wide))
-        return bias + change.detach().to(bias.dtype)
+        rounded = bias + change.detach().to(bias.dtype)
+        if self.axis is None:
+            return rounded
+        return rounded * kept_channels(weight_bits, self.axis).to(bias.dtype)
 
     def _step(self, log_range: Tensor, bits: Tensor, signed: bool) -> Tensor:
         return finest_step(log_range, bits, signed, self.power_of_two).reshape(-1)
