@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from benchmarks.lenet5 import LeNet5
 from benchmarks.resnet20 import ResNet20
 from cgmq_fx import PRESETS, Result, Scheme, prepare
+from cgmq_fx.exporters import Exported
+from cgmq_fx.exporters.certificate import verify_file
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.quantizer import Quantizer
@@ -104,3 +106,10 @@ def deployed(name: str, scheme: str = "tensor", budget: str = "bops <= 2%") -> R
             with torch.no_grad():
                 quantizer.log_range.add_(math.log(_CLIPPED))
     return result
+
+
+def assert_counted(exported: Exported, result: Result) -> None:
+    """A file was counted on its own, and costs what its graph costs."""
+    assert exported.certificate.from_file
+    again = verify_file(exported.path, result.budget)
+    assert [s.value for s in again.states] == [s.value for s in result.cost.states]

@@ -10,7 +10,7 @@ from cgmq_fx import UnsupportedModelError
 from cgmq_fx.exporters import exporters
 from cgmq_fx.exporters.agreement import compare
 from cgmq_fx.passes.lower import lower
-from tests.deploy_nets import deployed, inputs_of
+from tests.deploy_nets import assert_counted, deployed, inputs_of
 
 pytest.importorskip(
     "executorch", reason="ExecuTorch is not installed: .pte files are neither written nor run"
@@ -29,7 +29,9 @@ CASES = [
 @pytest.mark.parametrize(("name", "scheme", "delegates"), CASES)
 def test_xnnpack_computes_it(name: str, scheme: str, delegates: int | None, tmp_path: Path) -> None:
     result = deployed(name, scheme)
-    path = result.export(tmp_path / "net.pte").path
+    exported = result.export(tmp_path / "net.pte")
+    path = exported.path
+    assert_counted(exported, result)
     from executorch.exir._serialize._program import deserialize_pte_binary  # quiet from now on
 
     plan = deserialize_pte_binary(path.read_bytes()).program.execution_plan[0]

@@ -12,7 +12,7 @@ from cgmq_fx import ExportError, prepare
 from cgmq_fx.exporters import exporters
 from cgmq_fx.exporters.agreement import compare
 from cgmq_fx.passes.lower import lower
-from tests.deploy_nets import SCHEMES, deployed, inputs_of
+from tests.deploy_nets import SCHEMES, assert_counted, deployed, inputs_of
 from tests.nets import NETS
 
 pytest.importorskip(
@@ -30,7 +30,9 @@ CASES = [
 
 
 def test_a_transformer_keeps_in_float_what_has_no_integers(tmp_path: Path) -> None:
-    exported = deployed("transformer", "integer").export(tmp_path / "net.tflite")
+    result = deployed("transformer", "integer")
+    exported = result.export(tmp_path / "net.tflite")
+    assert_counted(exported, result)
     assert exported.agreement is not None
     assert exported.agreement.largest <= 1.01
 
@@ -40,7 +42,9 @@ def test_litert_computes_it_in_integers(name: str, scheme: str, tmp_path: Path) 
     from ai_edge_litert.interpreter import Interpreter
 
     result = deployed(name, scheme)
-    path = result.export(tmp_path / "net.tflite").path
+    exported = result.export(tmp_path / "net.tflite")
+    path = exported.path
+    assert_counted(exported, result)
     interpreter = Interpreter(str(path))
     interpreter.allocate_tensors()
     assert {d["dtype"].__name__ for d in interpreter.get_tensor_details()} <= {"int8", "int32"}

@@ -181,8 +181,8 @@ def test_wheel_holds_the_modules_and_nothing_else(wheel: Path) -> None:
 
 
 def test_wheel_is_small(wheel: Path) -> None:
-    """Code and templates only; 310 kB when this was written."""
-    assert wheel.stat().st_size < 350_000
+    """Code and templates only; 350 kB when this was written."""
+    assert wheel.stat().st_size < 400_000
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,13 @@ _MOST = 900
 _P = ParamSpec("_P")
 
 
-def reported(command: Callable[_P, None]) -> Callable[_P, None]:
-    """Turn an error of the library into one short paragraph and an exit status."""
+def reported(command: Callable[_P, None], status: int | None = None) -> Callable[_P, None]:
+    """Turn an error of the library into one short paragraph and an exit status.
+
+    Args:
+        command: What may fail.
+        status: The exit status of every error; by default it depends on the error.
+    """
 
     @wraps(command)
     def run(*args: _P.args, **options: _P.kwargs) -> None:
@@ -42,7 +47,7 @@ def reported(command: Callable[_P, None]) -> Callable[_P, None]:
         except CgmqError as error:
             text = error.args[0] if error.args else error  # without the hint on `result`
             click.echo(_paragraph(f"error: {text}"), err=True)
-            raise SystemExit(_status(error)) from None
+            raise SystemExit(_status(error) if status is None else status) from None
         except KeyboardInterrupt:
             click.echo("stopped", err=True)
             raise SystemExit(INTERRUPTED) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import click
@@ -11,18 +12,18 @@ from cgmq_fx.cli.common import INFEASIBLE, reported
 
 
 @click.command("verify", short_help="Check what an exported file costs.")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path))
 @click.option("--budget", help="The bounds to check; by default those that the file states.")
 @click.option("--target", help="The chip for latency and energy: a name or a JSON file.")
 @click.option("--json", "as_json", is_flag=True, help="Print a certificate as JSON.")
-@reported
+@partial(reported, status=INFEASIBLE)
 def command(file: Path, budget: str | None, target: str | None, as_json: bool) -> None:
     """Check what an exported FILE costs, from the file alone.
 
     Bits are read from its tensors and clamps, multiply-accumulates from its shapes. It needs
     neither the model's source nor the training code, and nothing in the file is executed. Where the
     file's certificate lies beside it, it must be the file that was certified. The exit status is 0
-    if every bound holds, 1 if one does not, and 2 if the file cannot be read.
+    if every bound holds, and 1 if one does not or if it cannot be verified.
 
     \b
     Example:

@@ -141,8 +141,8 @@ def verify_file(
     try:
         read = exporter.read(path)
     except ModuleNotFoundError as error:
-        line = f'pip install "cgmq-fx[{exporter.extra}]"'
-        raise ExportError(f"reading {path} needs {error.name}; install with: {line}") from error
+        package, line = str(error.name).partition(".")[0], 'pip install "cgmq-fx[verify]"'
+        raise ExportError(f"reading {path} needs {package}; install with: {line}") from error
     parsed = parse_budget(budget if budget is not None else read.budget, target)
     states, unknown = read.count(parsed)
     return Certificate(path.name, exporter.name, digest, len(content), states, unknown, True)
@@ -154,7 +154,7 @@ def certify(
     """The certificate of a file that was just written.
 
     Constraints that only the graph can tell (those on a part of the model, and all of them where
-    the format cannot be read back) are counted from the graph.
+    a format of the user's own cannot be read back) are counted from the graph.
 
     Raises:
         BoundError: If the file costs more than the budget allows.

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from cgmq_fx.cost_models.errors import ExportError
-from cgmq_fx.exporters.exporter import Exporter, Source, register_exporter
+from cgmq_fx.exporters.executorch_reader import MANIFEST, read_pte
+from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_exporter
 from cgmq_fx.exporters.program import quiet
 from cgmq_fx.exporters.samples import first_sample, run_each
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.contain import contained
-
-MANIFEST = "cgmq_fx"
-"""The constant method of the file that holds the manifest."""
 
 
 @final
@@ -29,6 +27,7 @@ class ExecuTorch(Exporter):
     suffix: ClassVar[str] = ".pte"
     packages: ClassVar[tuple[str, ...]] = ("executorch",)
     extra: ClassVar[str] = "executorch"
+    readable: ClassVar[bool] = True
 
     def write(self, source: Source, path: Path) -> None:
         """Lower to XNNPACK and serialise."""
@@ -53,6 +52,10 @@ class ExecuTorch(Exporter):
                 path.write_bytes(edge.to_executorch().buffer)
         except Exception as error:
             raise ExportError(f"ExecuTorch cannot translate the model: {error}") from error
+
+    def read(self, path: Path) -> FileCost:
+        """Read its FlatBuffers, without ExecuTorch."""
+        return read_pte(path)
 
     def run(self, path: Path, batches: Sequence[ExampleInputs]) -> list[list[Tensor]]:
         """Run it in ExecuTorch's runtime."""

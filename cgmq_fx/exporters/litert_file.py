@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from cgmq_fx.cost_models.errors import ExportError
-from cgmq_fx.exporters.exporter import Exporter, Source, register_exporter
+from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_exporter
+from cgmq_fx.exporters.litert_reader import MANIFEST, read_tflite
 from cgmq_fx.exporters.program import quiet
 from cgmq_fx.exporters.samples import first_sample, run_each
 from cgmq_fx.passes.capture import ExampleInputs
@@ -69,6 +70,7 @@ class LiteRT(Exporter):
     suffix: ClassVar[str] = ".tflite"
     packages: ClassVar[tuple[str, ...]] = ("litert_torch", "ai_edge_litert")
     extra: ClassVar[str] = "litert"
+    readable: ClassVar[bool] = True
 
     def write(self, source: Source, path: Path) -> None:
         """Convert with litert-torch."""
@@ -81,8 +83,13 @@ class LiteRT(Exporter):
         try:
             with quiet(), torch.no_grad():
                 _convert(module, sample, path)
+                _add_manifest(path, source.manifest)
         except Exception as error:
             raise ExportError(f"litert-torch cannot convert the model: {error}") from error
+
+    def read(self, path: Path) -> FileCost:
+        """Read its FlatBuffer, without LiteRT."""
+        return read_tflite(path)
 
     def run(self, path: Path, batches: Sequence[ExampleInputs]) -> list[list[Tensor]]:
         """Run it in LiteRT's interpreter, which uses XNNPACK where it can."""
@@ -117,6 +124,20 @@ def _convert(module: GraphModule, sample: ExampleInputs, path: Path) -> None:
         module.eval(), sample.args, quant_config=QuantConfig(pt2e_quantizer=static)
     )
     converted.export(str(path))
+
+
+def _add_manifest(path: Path, manifest: str) -> None:
+    """Write the manifest into the metadata of a file."""
+    from ai_edge_litert import schema_py_generated as schema
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    model = flatbuffer_utils.read_model(path)
+    buffer, entry = schema.BufferT(), schema.MetadataT()
+    buffer.data = np.frombuffer(manifest.encode(), np.uint8)
+    entry.name, entry.buffer = MANIFEST.encode(), len(model.buffers)
+    model.buffers.append(buffer)
+    model.metadata = [*(model.metadata or []), entry]
+    flatbuffer_utils.write_model(model, path)
 
 
 def _codes(tensor: Tensor, details: dict[str, Any]) -> Any:
