@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from cgmq_fx.cost_models.errors import DataError
 from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.grid import MAX_GRID_BITS, PASS_THROUGH, power_of_two_range, round_to_grid
 from cgmq_fx.passes.inputs import ExampleInputs
-from cgmq_fx.passes.quantizer import Quantizer
+from cgmq_fx.passes.quantizer import Quantizer, QuantizerSpec
 
 _PER_BATCH = 8192
 _PER_WEIGHT = 8192
@@ -41,14 +41,17 @@ class RangeTable:
 
     Attributes:
         log_ranges: Shape (bit-widths, *range shape): natural logarithm of the best range.
-        noise: Shape (bit-widths,): mean squared step there; at 0 bits 12 times the mean square of
-            the values (rounding to a step s has the error s^2/12), at 32 bits 0.
+        noise: Shape (bit-widths, rows): mean squared step there; at 0 bits 12 times the mean square
+            of the values (rounding to a step s has the error s^2/12), at 32 bits 0. A row per range
+            where gates have ranges of their own, else one.
         power: Mean square of the values.
+        rows: Shape (gates,): the row of each gate; None where all have the first.
     """
 
     log_ranges: Tensor
     noise: Tensor
     power: float
+    rows: Tensor | None = None
 
 
 def best_range(
@@ -109,6 +112,7 @@ def range_table(quantizer: Quantizer, values: Tensor) -> RangeTable:
         values: Shape (ranges, samples), finite.
     """
     shape, spec = quantizer.log_range.shape, quantizer.spec
+    rows = _rows(spec)
     # a weight that starts at zero grows to what layers are usually initialised with
     empty = values.shape[1] ** -0.5 if spec.role is Role.WEIGHT else 1.0
     logs, noise = [], []
@@ -116,13 +120,26 @@ def range_table(quantizer: Quantizer, values: Tensor) -> RangeTable:
         limit = best_range(values, max(bits, 2), quantizer.signed, spec.power_of_two, empty)
         logs.append(limit.log().reshape(shape))
         if bits == 0:
-            noise.append(12 * values.square().mean())
+            noise.append(12 * values.square().mean(1))
         elif bits >= PASS_THROUGH:
-            noise.append(torch.zeros((), device=values.device))
+            noise.append(torch.zeros_like(limit))
         else:
-            step = limit * (2 if quantizer.signed else 1) / (2**bits - 1)
-            noise.append(step.square().mean())
-    return RangeTable(torch.stack(logs), torch.stack(noise), float(values.square().mean()))
+            noise.append((limit * (2 if quantizer.signed else 1) / (2**bits - 1)).square())
+    table = torch.stack(noise)
+    if rows is None:
+        table = table.mean(1, keepdim=True)
+    return RangeTable(torch.stack(logs), table, float(values.square().mean()), rows)
+
+
+def _rows(spec: QuantizerSpec) -> Tensor | None:
+    """The number of the range of every gate, if gates have ranges of their own."""
+    gates, ranges = spec.gate_shape, spec.range_shape
+    if prod(ranges) == 1 or prod(gates) == 1 or len(gates) != len(ranges):
+        return None
+    if any(r not in (1, g) for g, r in zip(gates, ranges, strict=True)):
+        return None
+    numbers = torch.arange(prod(ranges), dtype=torch.int32).reshape(ranges)
+    return numbers.expand(gates).flatten()
 
 
 def calibrate(

@@ -43,7 +43,8 @@ class GateLayout:
         owner: Shape (gates,): index of the quantizer of each gate.
         count: Shape (gates,): number of levels of each gate.
         widths: Shape (quantizers, most levels): bit-width of each level, the last one repeated.
-        noise: Like `widths`: mean squared step of each level.
+        noise: Shape (rows, most levels): mean squared step of each level, the last one repeated.
+        row: Shape (gates,): the row of `noise` of each gate.
         elements: Shape (gates,): elements that share the gate.
     """
 
@@ -53,6 +54,7 @@ class GateLayout:
     count: Tensor
     widths: Tensor
     noise: Tensor
+    row: Tensor
     elements: Tensor
 
     @staticmethod
@@ -65,6 +67,10 @@ class GateLayout:
         most = max(len(q.bit_widths) for q in facts)
         widths = [[*q.bit_widths, *[q.bit_widths[-1]] * (most - len(q.bit_widths))] for q in facts]
         noise = [_padded(tables[q.name].noise.cpu(), most) for q in facts]
+        first = np.cumsum([0, *(len(rows) for rows in noise)]).tolist()
+        row = [
+            _rows(tables[q.name], q.gates) + start for q, start in zip(facts, first, strict=False)
+        ]
         owner = torch.repeat_interleave(torch.arange(len(facts)), sizes)
         per_gate = torch.tensor([q.elements / q.gates for q in facts])
         levels = torch.tensor([len(q.bit_widths) for q in facts])
@@ -74,7 +80,8 @@ class GateLayout:
             owner,
             levels[owner],
             torch.tensor(widths),
-            torch.stack(noise),
+            torch.cat(noise),
+            torch.cat(row),
             per_gate[owner],
         )
 
@@ -114,15 +121,21 @@ class GateLayout:
         """Squared step of each gate at `levels`, which may lie one beyond either end."""
         inside = levels.clamp(min=0)
         inside = torch.minimum(inside, self.count - 1)
-        return self.noise[self.owner, inside]
+        return self.noise[self.row, inside]
 
     def loss(self, levels: Tensor, sensitivity: Tensor) -> float:
         """The loss that `levels` is estimated to add: sensitivity times squared step, summed."""
         return float((sensitivity.double() * self.noise_at(levels).double()).sum())
 
 
-def _padded(row: Tensor, size: int) -> Tensor:
-    return torch.cat([row, row[-1:].expand(size - row.numel())])
+def _padded(noise: Tensor, size: int) -> Tensor:
+    """Shape (rows, size) of a table of shape (levels, rows) or (levels,)."""
+    rows = noise.reshape(noise.shape[0], -1).t()
+    return torch.cat([rows, rows[:, -1:].expand(-1, size - rows.shape[1])], 1)
+
+
+def _rows(table: RangeTable, gates: int) -> Tensor:
+    return torch.zeros(gates, dtype=torch.int32) if table.rows is None else table.rows
 
 
 def level_of(gates: Tensor, count: Tensor) -> Tensor:

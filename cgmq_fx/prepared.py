@@ -211,7 +211,7 @@ class Prepared:
         The optimizer's state and the random state are not in it.
         """
         tables = {
-            name: {"log_ranges": t.log_ranges, "noise": t.noise, "power": t.power}
+            name: {"log_ranges": t.log_ranges, "noise": t.noise, "power": t.power, "rows": t.rows}
             for name, t in self._tables.items()
         }
         return {
@@ -232,7 +232,9 @@ class Prepared:
                 quantizer.signed = state["signed"][name] is True
             device = device_of(self.model)
             tables = {
-                name: RangeTable(t["log_ranges"].to(device), t["noise"].to(device), t["power"])
+                name: RangeTable(
+                    t["log_ranges"].to(device), t["noise"].to(device), t["power"], t["rows"]
+                )
                 for name, t in state["tables"].items()
             }
             self._controller = self._controlled(tables)

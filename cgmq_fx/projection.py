@@ -100,12 +100,14 @@ class Projection:
     sensitivity: Floats
     _noise: Floats = field(init=False)
     _owner: npt.NDArray[np.int64] = field(init=False)
+    _row: npt.NDArray[np.int32] = field(init=False)
     _shares: Floats = field(init=False)
     _work: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self._noise = self.layout.noise.double().numpy()
         self._owner = self.layout.owner.numpy()
+        self._row = self.layout.row.numpy()
         limits = np.array(self.ledger.limits)
         self._shares = 1 / np.where(limits > 0, limits, 1.0)
 
@@ -183,7 +185,7 @@ class Projection:
 
     def _total(self) -> float:
         """The loss that the levels are estimated to add."""
-        return float((self.sensitivity * self._noise[self._owner, self.levels]).sum())
+        return float((self.sensitivity * self._noise[self._row, self.levels]).sum())
 
     def _lower(self, heap: list[Entry], most: float) -> list[Move]:
         """Lower gates until the budget holds, by moves that together lose less than `most`."""
@@ -248,8 +250,7 @@ class Projection:
         portion = most or max(1, part.size // _PORTIONS)
         if at_level.size <= portion:
             return at_level
-        start = self.layout.starts[move[0]]
-        weight = self.sensitivity[start + at_level] * (1 if step < 0 else -1)
+        weight = self._losses(move, step, at_level) * (1 if step < 0 else -1)
         return at_level[np.argpartition(weight, portion - 1)[:portion]]
 
     def _entry(self, move: Move, step: int) -> Entry | None:
@@ -268,10 +269,15 @@ class Projection:
 
     def _loss(self, move: Move, step: int, chosen: npt.NDArray[np.intp]) -> float:
         """Loss added by falling, or saved by rising."""
-        noise = self._noise[move[0]]
-        start = self.layout.starts[move[0]]
-        change = abs(noise[move[1] + step] - noise[move[1]])
-        return float(self.sensitivity[start + chosen].sum() * change)
+        return float(self._losses(move, step, chosen).sum())
+
+    def _losses(self, move: Move, step: int, chosen: npt.NDArray[np.intp]) -> Floats:
+        """Loss added or saved by each gate."""
+        gates = self.layout.starts[move[0]] + chosen
+        noise = self._noise[self._row[gates]]
+        change = np.abs(noise[:, move[1] + step] - noise[:, move[1]])
+        found: Floats = self.sensitivity[gates] * change
+        return found
 
     def _cost(self, totals: Sequence[float], step: int) -> float:
         """Cost freed in violated constraints, or taken in all, as a share of the bounds."""
