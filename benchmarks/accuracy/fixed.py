@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from itertools import pairwise, product
+from math import fsum
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from cgmq_fx.cost_models import (
     uniform_bits,
 )
 from cgmq_fx.cost_models.bits import BitArray
+from cgmq_fx.cost_models.facts import FLOAT_BITS
 from cgmq_fx.passes.freeze import set_bits
 from cgmq_fx.prepared import Prepared
 
@@ -111,9 +113,8 @@ def knapsack(facts: GraphFacts, budget: Budget, rises: dict[str, list[float]]) -
     low = [*[1.0] * len(names), *[-np.inf] * (len(rows) - len(names))]
     for constraint, limit in zip(budget, _limits(facts, budget), strict=True):
         row = np.zeros(size)
-        for node in facts.nodes:
-            _bill(row, node, constraint.model, pairs, place)
-        rows, low = [*rows, row / limit], [*low, -np.inf]
+        fixed = fsum(_bill(row, node, constraint.model, pairs, place) for node in facts.nodes)
+        rows, low = [*rows, row / (limit - fixed)], [*low, -np.inf]
     high = [1.0] * (len(rows) - len(budget)) + [1.0 - 1e-9] * len(budget)
     loss = np.concatenate([*(rises[n] for n in names), np.zeros(size - int(start[-1]))])
     whole = np.concatenate([np.ones(int(start[-1])), np.zeros(size - int(start[-1]))])
@@ -173,15 +174,20 @@ def _bill(
     model: object,
     pairs: Pairs,
     place: dict[tuple[str, int], int],
-) -> None:
-    """Add what a node costs to a row of the program."""
+) -> float:
+    """Add what a node costs to a row of the program; what it costs whatever the bits."""
     if isinstance(model, BOPs):
         for (a, b), (column, _, _) in pairs.get(node.name, {}).items():
             row[column] += node.macs * a * b
-    elif isinstance(model, WeightMemory):
+        names = [o.quantizer for o in node.operands]
+        for (name, bits), column in place.items():
+            if None in names and name in names:
+                row[column] += node.macs * bits * FLOAT_BITS
+        return node.macs * FLOAT_BITS**2 if names == [None, None] else 0.0
+    if isinstance(model, WeightMemory):
         for stored in node.stored:
             for (name, bits), column in place.items():
                 if name == stored.quantizer:
                     row[column] += stored.elements * bits / 8
-    else:
-        raise SystemExit("the knapsack knows BOPs and the memory of weights only")
+        return sum(s.elements * s.bits / 8 for s in node.stored if s.quantizer is None)
+    raise SystemExit("the knapsack knows BOPs and the memory of weights only")

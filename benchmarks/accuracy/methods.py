@@ -182,7 +182,8 @@ def _penalty(job: Job, model: nn.Module, train: Batches, test: Data, folder: Pat
     search = search_steps(steps)
     penalised = Penalised(prepared, float(job.bound.rpartition(":")[2]))
     optimizer = default_optimizer(penalised.groups())
-    rate = LambdaLR(optimizer, schedule(search, steps))
+    factor = schedule(search, steps)
+    rate = LambdaLR(optimizer, factor)
     batches = chain.from_iterable(repeat(train))
     prepared.model.train()
     for step, (images, labels) in enumerate(islice(batches, steps)):
@@ -196,7 +197,7 @@ def _penalty(job: Job, model: nn.Module, train: Batches, test: Data, folder: Pat
         if step + 1 == search:
             penalised.harden()
             optimizer = default_optimizer(parameter_groups(prepared.model))
-            rate = LambdaLR(optimizer, schedule(search, steps), search)
+            rate = LambdaLR(optimizer, lambda later: factor(search + later))
     result = prepared.finalize()
     result.metrics = {"accuracy": accuracy(result.model, test)}
     return result
