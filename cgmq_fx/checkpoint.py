@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
 from cgmq_fx.cost_models.errors import CheckpointError, OptionError
+from cgmq_fx.identity import difference
 from cgmq_fx.packing import pack, unpack
 
 FORMAT = 2
@@ -159,34 +160,16 @@ class CheckpointStore:
             raise CheckpointError(
                 f"{path} has format {header.get('format')!r}, this version reads {FORMAT}"
             )
-        difference = _difference(self._identity, header["identity"])
-        if difference is not None:
+        found = difference(self._identity, header["identity"])
+        if found is not None:
             raise OtherRunError(
-                f"{path} is a checkpoint of another run: {difference}; pass what it was made with, "
+                f"{path} is a checkpoint of another run: {found}; pass what it was made with, "
                 "or another folder"
             )
         state = unpack(header.get("state"), tensors)
         if not isinstance(state, dict):
             raise CheckpointError(f"{path} holds no state")
         return state
-
-
-def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str | None:
-    """The first thing that differs, or None."""
-    for name in dict.fromkeys([*mine, *theirs]):
-        ours, other = mine.get(name), theirs.get(name)
-        if isinstance(ours, dict) and isinstance(other, dict):
-            inner = _difference(ours, other)
-            if inner is not None:
-                return f"of the {name}, {inner}"
-        elif ours != other:
-            return f"{name} is {_shown(ours)}, there it is {_shown(other)}"
-    return None
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _flush(folder: Path) -> None:

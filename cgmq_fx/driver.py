@@ -28,12 +28,14 @@ from cgmq_fx.data import (
 from cgmq_fx.directions import Direction, direction_of
 from cgmq_fx.identity import model_identity, name_of
 from cgmq_fx.passes.copying import copy_graph
+from cgmq_fx.passes.processes import process_count
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.prepared import Prepared, float_graph
 from cgmq_fx.presets import TargetLike, deployment
 from cgmq_fx.progress import Progress
 from cgmq_fx.result import Result
 from cgmq_fx.run import Run
+from cgmq_fx.together import agreed, is_first, shared
 from cgmq_fx.training import (
     Loss,
     Metric,
@@ -99,6 +101,12 @@ def quantize(
             for training, for evaluation, and once more when bit-widths freeze; gates that move
             compile nothing again.
 
+    In several processes (`torchrun`, with a process group) they train together: each makes the same
+    call with its own part of the data, as many batches everywhere. All get the same result; only
+    the first writes checkpoints and shows progress. What one process has stopped for is an error in
+    the others within the timeout of their group; the run resumes in any number of processes that
+    take as many steps.
+
     Returns:
         The result; its cost was counted again on the finished model.
 
@@ -126,8 +134,10 @@ def quantize(
         search = search_steps(steps)
         way = direction_of(direction)
         backend = "inductor" if compile is True else compile or None
+        known = checkpoint is not None or process_count() > 1  # it takes time
+        own = model_identity(captured.module, inputs, captured.dynamic, start) if known else {}
         identity = {
-            **({} if checkpoint is None else model_identity(captured.module, inputs, start)),
+            **own,
             "budget": str(parsed),
             "target": {} if where.chip is None else target_to_json(where.chip),
             "scheme": repr(chosen),
@@ -139,11 +149,14 @@ def quantize(
             "seed": seed,
             "compile": backend,
         }
+        agreed({**identity, "val_data": val_data is not None})
         prepared = Prepared(captured, parsed, chosen, way, search)
         if start is not None:
             prepared.start_from(start)
         prepared.calibrate(data)
-        listeners = [*callbacks, *([Progress()] if progress else [])]
+        if process_count() > 1:  # each has calibrated on its own part of the data
+            prepared.load_state_dict(shared(prepared.state_dict))
+        listeners = [*callbacks, *([Progress()] if progress and is_first() else [])]
         run = Run(prepared, teacher, loss, metric, optimizer, steps, search, listeners, backend)
         if checkpoint is not None:
             run.resume(checkpoint, identity, (data, val_data))

@@ -20,19 +20,20 @@ _DIGITS = 16
 
 
 def model_identity(
-    module: GraphModule, inputs: ExampleInputs, start: Result | None
+    module: GraphModule, inputs: ExampleInputs, dynamic: bool, start: Result | None
 ) -> dict[str, Any]:
     """What a run starts from: versions, the model, and the result that it continues.
 
     Args:
         module: The float graph, before quantizers are inserted.
         inputs: Its example inputs.
+        dynamic: Whether it takes batches of any size, which then is no part of what it is.
         start: A result to start from, if there is one.
     """
     return {
         "versions": {"cgmq_fx": version("cgmq-fx"), "torch": torch.__version__},
         "device": device_of(module).type,
-        "inputs": [f"{tuple(t.shape)} {t.dtype}" for t in inputs.tensors],
+        "inputs": [f"{tuple(t.shape[dynamic:])} {t.dtype}" for t in inputs.tensors],
         "graph": _short(module.code.encode()),
         "model": _digests(module),
         "start": {} if start is None else _digests(start.model),
@@ -56,6 +57,24 @@ def optimizer_identity(optimizer: Optimizer) -> dict[str, Any]:
         if name != "params"
     }
     return {"class": type(optimizer).__qualname__} | options
+
+
+def difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """The first thing in which two calls differ, in words, or None."""
+    for name in dict.fromkeys([*mine, *theirs]):
+        ours, other = mine.get(name), theirs.get(name)
+        if isinstance(ours, dict) and isinstance(other, dict):
+            inner = difference(ours, other)
+            if inner is not None:
+                return f"of the {name}, {inner}"
+        elif ours != other:
+            return f"{name} is {_shown(ours)}, there it is {_shown(other)}"
+    return None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _digests(module: GraphModule) -> dict[str, str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import DataError
+from cgmq_fx.together import summed
 from cgmq_fx.training import Loss, Metric
 
 
@@ -27,8 +28,8 @@ class Means:
             self._sums[name] = (total + float(value) * count, seen + count)
 
     def result(self) -> dict[str, float]:
-        """The mean of everything, by name."""
-        return {name: total / count for name, (total, count) in self._sums.items() if count}
+        """The mean of everything, by name, over all processes."""
+        return {name: total / count for name, (total, count) in summed(self._sums).items() if count}
 
 
 def judged(name: str, function: Loss | Metric, output: Any, target: Any) -> Tensor | float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
 
 from cgmq_fx.random_state import RandomState
 
@@ -39,6 +40,8 @@ class Position:
         After `load_state_dict` the epoch is begun again from the random state that it began with,
         and what was done is skipped, so that a shuffled loader goes on with the same order.
         """
+        if isinstance(data, DataLoader) and isinstance(data.sampler, DistributedSampler):
+            data.sampler.set_epoch(self.epoch)  # its order depends on that alone
         if self._start is None or self._resumed is None:
             self._start = RandomState.of(self.sources)
             return iter(data)

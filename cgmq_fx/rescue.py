@@ -148,6 +148,10 @@ class Rescue:
         finally:
             self._prepared.load_state_dict(now)
 
+    def other(self, wanted: str, epochs: int) -> Result:
+        """One of the `others`, by its name."""
+        return next(result for name, result in self.others(epochs) if name == wanted)
+
     def state_dict(self) -> dict[str, Any]:
         """The best state; the start is known to whoever makes the same call again."""
         kept = self.best

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -34,10 +35,12 @@ from cgmq_fx.identity import optimizer_identity
 from cgmq_fx.interrupt import Interrupt
 from cgmq_fx.judging import Means, judged, shapes_of
 from cgmq_fx.passes.capture import ExampleInputs, device_of
+from cgmq_fx.passes.processes import process_count
 from cgmq_fx.position import Position
 from cgmq_fx.prepared import Prepared
 from cgmq_fx.rescue import Rescue, blame, broken_gradient, broken_state
 from cgmq_fx.result import Result
+from cgmq_fx.together import is_first, mean, shared
 from cgmq_fx.training import (
     Loss,
     Metric,
@@ -74,6 +77,9 @@ class Run:
         self.forward: nn.Module = self.model
         if backend is not None:
             self.forward = cast(nn.Module, torch.compile(self.model, backend=backend))
+        self.alone = self.forward
+        if process_count() > 1:
+            self.forward = DistributedDataParallel(self.forward)
         self.teacher = teacher
         self.loss = loss
         self.metric = metric
@@ -105,7 +111,7 @@ class Run:
         identity = {**identity, "optimizer": optimizer_identity(self.optimizer)}
         self.store = CheckpointStore(options, identity)
         self.position.sources = sources
-        state = self.store.read()
+        state = shared(self.store.read)
         if state is None:
             return
         try:
@@ -121,9 +127,10 @@ class Run:
             ) from error
 
     def _keep(self, last: bool = False) -> None:
-        """Write a checkpoint, if it is time."""
-        if self.store is not None and (last or self.store.due(len(self.history.steps))):
-            self.store.write(
+        """Write a checkpoint, if it is time, in the first process."""
+        store, done = self.store, len(self.history.steps)
+        if store is not None and is_first() and (last or store.due(done)):
+            store.write(
                 {
                     "prepared": self.prepared.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
@@ -165,7 +172,6 @@ class Run:
     def _finished(self, data: Iterable[Any], val_data: Iterable[Any] | None) -> Result:
         """The last state as a result, or a better one, measured."""
         result = self.prepared.finalize()
-        result.history = self.history
         source, name = (data, "train_data") if val_data is None else (val_data, "val_data")
         judged: list[Batch] = []
 
@@ -177,8 +183,10 @@ class Run:
                 own = [self._loss(self._call(model.eval(), b.inputs), b) for b in judged]
             return [float(loss) for loss in own]
 
-        result = verdict(result, self.rescue, self.history, losses)
-        result.history = self.history
+        other, warnings = shared(lambda: verdict(result, self.rescue, self.history, losses))
+        if other:
+            result = self.rescue.other(other, len(self.history.epochs))
+        result.history, result.warnings = self.history, warnings
         if val_data is not None:
             result.metrics = self._evaluate(result.model, val_data)
         return result
@@ -230,11 +238,11 @@ class Run:
             raise DataError(
                 f"train_data had no batches in epoch {at.epoch}; it must be re-iterable"
             )
-        metrics = {} if val_data is None else self._evaluate(self.forward, val_data)
+        metrics = {} if val_data is None else self._evaluate(self.alone, val_data)
         record = EpochRecord(
             at.epoch,
             self.prepared.phase,
-            float(at.total) / at.batch,
+            mean(float(at.total) / at.batch),
             metrics,
             self._costs(),
             self.prepared.satisfied,
@@ -250,11 +258,11 @@ class Run:
         number = len(self.history.steps)
         try:
             value, loss = self._update(batch, number)
+            self.scheduler.step()
+            self.prepared.step()
         except (RuntimeError, MemoryError) as error:
             advice = "; use smaller batches" if "memory" in str(error) else ""
             raise self._failed(f"training failed: {error}{advice}") from error
-        self.scheduler.step()
-        self.prepared.step()
         record = StepRecord(number, self.steps, self.prepared.phase, self._costs(), loss)
         self.history.steps.append(record)
         self._record_gates(record)
@@ -312,6 +320,8 @@ class Run:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError) as error:
+            if isinstance(model, DistributedDataParallel) and isinstance(error, RuntimeError):
+                raise  # most likely, another process has ended
             raise DataError(
                 f"the model fails on a batch of {shapes_of(inputs.tensors)}: {error}"
             ) from error

@@ -18,8 +18,8 @@ _LOG = logging.getLogger(__name__)
 
 def verdict(
     result: Result, rescue: Rescue, history: History, losses: Callable[[GraphModule], list[float]]
-) -> Result:
-    """The result of a run, or a better one, if training has done harm.
+) -> tuple[str, tuple[str, ...]]:
+    """Whether another state than the last one is to be returned, because training has done harm.
 
     Where the training loss is not lowest at the end, or a layer is silent, the result is measured
     against the best epoch and against what there would be without training. That alone tells: the
@@ -32,18 +32,18 @@ def verdict(
         losses: The losses of a model on batches that are always the same.
 
     Returns:
-        One of them; its `warnings` say why, unless all is well. They are logged, too.
+        The name of the other state, or "", and what there is to say. That is logged, too.
     """
     dead = dead_layers(result.model, history.epochs)
     lowest_at = lowest_step(history)
     if not dead and lowest_at is None:
-        return result
+        return "", ()
     own = losses(result.model)
-    chosen, lowest, label, start = result, own, "", own
+    lowest, label, start = own, "", own
     for name, other in rescue.others(len(history.epochs)):
         start = losses(other.model)
         if surely_lower(start, own) and fmean(start) < fmean(lowest):
-            chosen, lowest, label = other, start, name
+            lowest, label = start, name
     told = list(dead)
     if own and not surely_lower(own, start):
         told.append(
@@ -57,7 +57,6 @@ def verdict(
             f"the result is that of {label}, whose loss there is {fmean(lowest):.4g}; pass an "
             "optimizer= with a smaller learning rate, or train for longer"
         )
-    chosen.warnings = tuple(told)
     for text in told:
         _LOG.log(logging.WARNING if label or dead else logging.INFO, text)
-    return chosen
+    return label, tuple(told)
