@@ -30,11 +30,12 @@ from cgmq_fx.cost_models import (
 )
 from cgmq_fx.cost_models.errors import OptionError
 from cgmq_fx.directions import Direction, GateView, speeds
-from cgmq_fx.gates import GateLayout, Levels, compared, level_of
+from cgmq_fx.gates import GateLayout, Levels, level_of
 from cgmq_fx.marginals import Marginals
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.projection import Projection
 from cgmq_fx.readout import Readout
+from cgmq_fx.settings import Settings
 
 SLOWEST = 0.25
 """Speed of the slowest falling gate as a share of the fastest possible."""
@@ -76,10 +77,8 @@ class Controller:
         self.layout = GateLayout.of(facts.quantizers, tables)
         self._quantizers = [quantizers[q.name] for q in self.layout.quantizers]
         self._tables = [tables[q.name] for q in self.layout.quantizers]
-        self._offsets = [torch.zeros_like(q.log_range) for q in self._quantizers]
         for quantizer in self._quantizers:
             quantizer.observe(direction.statistic)
-            quantizer.log_range.detach().zero_()  # an earlier controller's ranges are no offset
         count = self.layout.count
         self.gates = count.float()
         self._levels = count - 1
@@ -96,7 +95,8 @@ class Controller:
         self._readout = Readout(self._quantizers, direction.statistic)
         self._slopes = self.layout.slopes(self._levels)
         self._ceiling = self._reachable()
-        self._write(list(range(len(self._quantizers))))
+        self._settings = Settings(self._quantizers, self._tables, self.layout)
+        self._settings.write(self._levels)
 
     @property
     def reach(self) -> int:
@@ -235,6 +235,7 @@ class Controller:
     def _end(self) -> None:
         for quantizer in self._quantizers:
             quantizer.observe(self.direction.statistic.NONE)
+        self._settings.release()
         self.frozen = True
 
     def _projected(self, levels: Levels) -> Levels:
@@ -299,51 +300,19 @@ class Controller:
 
     def _settle(self, levels: Tensor) -> None:
         """Take over new levels: costs, bits, ranges, and the best state so far."""
-        if bool((levels == self._levels).all()):
+        changed = levels != self._levels
+        if not bool(changed.any()):
             return
-        changed = self.layout.owner[levels != self._levels].unique().tolist()
         self._levels = levels
         self._slopes = self.layout.slopes(levels)
-        array = levels.numpy()
-        self.ledger.update(self.layout.assignment(array, changed))
+        self.ledger.assign(self.layout.widths[self.layout.owner, levels].numpy())
         self._marginals.moved(changed)
-        self._write(changed)
+        self._settings.write(levels)
         if self.ledger.satisfied and self._better(levels):
-            self._best = array.copy()
+            self._best = levels.numpy().copy()
 
     def _better(self, levels: Tensor) -> bool:
         if self._best is None:
             return True
         best = self.layout.loss(torch.from_numpy(self._best), self._sensitivity)
         return self.layout.loss(levels, self._sensitivity) <= best
-
-    @torch.no_grad()
-    def _write(self, changed: list[int]) -> None:
-        """Give quantizers their bits and move their ranges along the calibrated tables."""
-        array = self._levels.numpy()
-        for index in changed:
-            quantizer, facts = self._quantizers[index], self.layout.quantizers[index]
-            levels = array[slice(*self.layout.starts[index : index + 2])]
-            others = compared(levels, len(facts.bit_widths))
-            for tensor, at in ((quantizer.bits, levels), (quantizer.adjacent, others)):
-                if tensor is not None and facts.gates == 1:
-                    tensor.fill_(facts.bit_widths[at.item()])
-                elif tensor is not None:
-                    widths = torch.from_numpy(self.layout.bits_of(index, at))
-                    tensor.copy_(widths.reshape(tensor.shape))
-            offset = self._offset(index, torch.from_numpy(levels).reshape(quantizer.bits.shape))
-            quantizer.log_range.add_(offset - self._offsets[index])
-            self._offsets[index] = offset
-
-    def _offset(self, index: int, levels: Tensor) -> Tensor:
-        """The calibrated log-range at `levels`, averaged over the gates that share a range."""
-        table = self._tables[index].log_ranges
-        if levels.numel() == 1:
-            return table[int(levels)]
-        levels = levels.to(table.device)
-        total = torch.zeros_like(table[0])
-        for level in range(table.shape[0]):
-            at = (levels == level).to(table.dtype)
-            at = at.sum_to_size(table[0].shape) * (table[0].numel() / at.numel())
-            total = total + at * table[level]
-        return total

@@ -148,6 +148,6 @@ def level_of(gates: Tensor, count: Tensor) -> Tensor:
     return torch.minimum((gates.ceil().long() - 1).clamp(min=0), count - 1)
 
 
-def compared(levels: Levels, count: int) -> Levels:
+def compared(levels: Tensor, count: Tensor) -> Tensor:
     """The level that `Statistic.CHANGE` compares each of `levels` with: one less, at 0 one more."""
-    return np.where(levels > 0, levels - 1, np.minimum(levels + 1, count - 1))
+    return torch.where(levels > 0, levels - 1, torch.minimum(levels + 1, count - 1))

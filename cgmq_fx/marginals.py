@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,9 @@ _TURNS = 16
 class Marginals:
     """Per gate, the cost that one level less frees and one more takes, as shares of the bounds.
 
-    For a cost that is a sum over nodes only gates that meet what has moved are computed again; for
-    others all are, in turns, so that a step stays cheap however many there are.
+    What can be looked up, mostly quantizers with one gate, is, all at once. Of the others, where
+    costs are sums over nodes, only gates that meet what has moved are computed again; else all are,
+    in turns, so that a step stays cheap however many there are.
 
     Args:
         layout: The gates.
@@ -37,9 +38,15 @@ class Marginals:
         self._layout = layout
         self._ledger = ledger
         self._wait = max(1, int(_REFRESH * steps))
-        self._neighbours = _neighbours(ledger.graph, layout)
+        widths = layout.widths.numpy()
+        lookup = ~np.isnan(ledger.alone(widths[:, 0])).any(0)
+        self._looked_up = np.flatnonzero(lookup)
+        self._first = np.array(layout.starts[:-1], dtype=np.intp)  # every quantizer's first gate
+        self._last = layout.count.numpy()[self._first] - 1
+        self._neighbours = _neighbours(ledger.graph, layout, set(np.flatnonzero(~lookup).tolist()))
+        self._moved = True
         everything = range(len(layout.quantizers))
-        self._stale = set(everything)
+        self._stale = set(np.flatnonzero(~lookup).tolist())
         self._turns = deque(everything)
         self._waiting: set[int] = set()
         size = (len(ledger.limits), int(layout.starts[-1]))
@@ -47,10 +54,13 @@ class Marginals:
         self._violated: tuple[int, ...] = ()
         self._current: tuple[Tensor, Tensor] | None = None
 
-    def moved(self, changed: Iterable[int]) -> None:
-        """Take note that the bits of some quantizers, given by index, have changed."""
-        for index in changed:
-            self._stale |= self._neighbours[index]
+    def moved(self, changed: Tensor) -> None:
+        """Take note that the bits of some gates, shape (gates,), have changed."""
+        self._moved = True
+        if self._neighbours:
+            owners = self._layout.owner[changed].unique().tolist()
+            for index in self._neighbours.keys() & owners:
+                self._stale |= self._neighbours[index]
         if not self._ledger.additive:
             self._waiting = set(self._turns)
 
@@ -66,9 +76,10 @@ class Marginals:
         """
         violated = self._ledger.violated
         other = self._current is None or violated != self._violated
-        due = step % self._wait == 0 and bool(self._stale or self._waiting)
-        if self._current is None or other or due:
+        due = step % self._wait == 0 and bool(self._moved or self._stale or self._waiting)
+        if self._current is None or due:
             self._refresh(levels)
+        if self._current is None or other or due:
             counted = list(violated or range(len(self._ledger.limits)))
             freed, taken = self._costs[-1][counted].sum(0), self._costs[1].sum(0)
             self._current = torch.from_numpy(freed).float(), torch.from_numpy(taken).float()
@@ -105,7 +116,7 @@ class Marginals:
         ):
             raise ValueError("the costs in the state are not those of this graph and budget")
         self._costs, self._turns = costs, deque(turns)
-        self._stale, self._waiting = set(state["stale"]), set(state["waiting"])
+        self._stale, self._waiting, self._moved = set(state["stale"]), set(state["waiting"]), True
         self._violated = tuple(state["violated"])
         self._current = None if current is None else (current[0].clone(), current[1].clone())
 
@@ -117,9 +128,19 @@ class Marginals:
             self._stale.add(self._turns[0])
         limits = np.array(self._ledger.limits)
         limits[limits == 0] = 1.0  # a share of a cost that is always 0
+        if self._moved:
+            self._look_up(levels, limits)
         for index in self._stale:
             self._measure(index, levels, limits)
-        self._stale = set()
+        self._stale, self._moved = set(), False
+
+    def _look_up(self, levels: Levels, limits: npt.NDArray[np.float64]) -> None:
+        """The costs of the quantizers whose one gate is all that has to be known."""
+        chosen, here = self._looked_up, levels[self._first]
+        widths, rows = self._layout.widths.numpy(), np.arange(here.size)
+        for step, costs in self._costs.items():
+            change = self._ledger.alone(widths[rows, np.clip(here + step, 0, self._last)])
+            costs[:, self._first[chosen]] = np.abs(change[:, chosen]) / limits[:, None]
 
     def _measure(self, index: int, levels: Levels, limits: npt.NDArray[np.float64]) -> None:
         facts = self._layout.quantizers[index]
@@ -138,14 +159,15 @@ class Marginals:
                 costs[:, part][:, at] = share[:, None]
 
 
-def _neighbours(graph: GraphFacts, layout: GateLayout) -> list[set[int]]:
-    """For every quantizer, those that some node reads together with it, and itself."""
+def _neighbours(graph: GraphFacts, layout: GateLayout, asked: set[int]) -> dict[int, set[int]]:
+    """For every quantizer, those of `asked` that some node reads together with it, or itself."""
     number = {q.name: i for i, q in enumerate(layout.quantizers)}
     of_node: dict[int, set[int]] = {}
     for name, nodes in graph.readers.items():
         for node in nodes:
             of_node.setdefault(node, set()).add(number[name])
-    return [
-        {i}.union(*(of_node[node] for node in graph.readers[q.name]))
+    met = {
+        i: asked & {i}.union(*(of_node[node] for node in graph.readers[q.name]))
         for i, q in enumerate(layout.quantizers)
-    ]
+    }
+    return {i: found for i, found in met.items() if found}

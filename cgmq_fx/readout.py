@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -72,10 +73,10 @@ class Readout:
 
     def _bound(self) -> bool:
         """Whether every probe and its gradient still are those that were bound."""
-        rows = zip(self._buffers, self._probes, self._views, strict=True)
-        return all(
-            own["probe"] is probe and (probe is None or probe.grad is view)
-            for own, probe, view in rows
+        probes = map(itemgetter("probe"), self._buffers)
+        return all(map(is_, probes, self._probes)) and all(
+            probe is None or probe.grad is view
+            for probe, view in zip(self._probes, self._views, strict=True)
         )
 
     def _gather(self) -> Tensor:

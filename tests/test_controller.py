@@ -152,17 +152,6 @@ def test_ranges_follow_the_bits_and_keep_what_was_learned() -> None:
     assert controller.frozen
 
 
-def test_a_range_that_gates_share_is_the_mean_over_them() -> None:
-    controller = toy((4,), 1.0)
-    quantizer, (table,) = controller._quantizers[0], controller._tables
-    levels = torch.tensor([[0, 1], [4, 4]])
-    assert float(controller._offset(0, levels)) == pytest.approx((0 + 1 + 4 + 4) / 4)
-    rows = RangeTable(torch.stack([table.log_ranges] * 2, 1)[..., None], table.noise, 1.0)
-    controller._tables = [rows]
-    assert controller._offset(0, levels).tolist() == [[0.5], [4.0]]
-    assert quantizer.log_range.shape == ()
-
-
 @pytest.mark.parametrize("steps", [0, 1, 3, 19])
 def test_freezing_ends_it_with_a_choice_that_satisfies(steps: int) -> None:
     controller = toy((10, 30, 5), 0.2)

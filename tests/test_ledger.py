@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cgmq_fx.cost_models import (
+    ActivationMemory,
     BitArray,
     BOPs,
     Budget,
@@ -19,13 +20,16 @@ from cgmq_fx.cost_models import (
     MACs,
     NodeBits,
     NodeFacts,
+    Operand,
+    Role,
+    TensorFacts,
     WeightMemory,
     highest_bits,
     lowest_bits,
     parse_budget,
     uniform_bits,
 )
-from tests.cost_helpers import WIDTHS, bits, two_layers
+from tests.cost_helpers import WIDTHS, bits, linear, quantizer, two_layers
 
 
 class Wires(CostModel):
@@ -54,11 +58,31 @@ class Widest(CostModel):
 
 MODELS: list[CostModel] = [BOPs(), MACs(), WeightMemory(), Wires(), Widest()]
 BUDGET = Budget(tuple(model <= 100.0 for model in MODELS))
+WITH_MEMORY = Budget((*BUDGET, ActivationMemory() <= 100.0))
 FACTS = two_layers((0, *WIDTHS))
 
 
-def gates(name: str) -> st.SearchStrategy[tuple[str, BitArray]]:
-    quantizer = FACTS.quantizers[name]
+def chain(gates: Sequence[int]) -> GraphFacts:
+    """Layers, each with a weight of so many gates; the last one multiplies its input by itself."""
+    nodes = [
+        linear(f"fc{i}", f"w{i}", f"x{i}", meets=((n, 1, 1), (1, 1, 1)))
+        for i, n in enumerate(gates)
+    ]
+    last = f"x{len(gates)}"
+    square = Operand(Role.ACTIVATION, 3, last)
+    nodes.append(NodeFacts("square", "aten.mul.Tensor", 3, (square, square)))
+    quantizers = {
+        name: quantizer(name, n if name[0] == "w" else 1)
+        for i, n in enumerate(gates)
+        for name in (f"w{i}", f"x{i}")
+    }
+    quantizers[last] = quantizer(last)
+    tensors = tuple(TensorFacts(f"t{i}", 10 + i, i, i + 1, f"x{i}") for i in range(len(nodes)))
+    return GraphFacts(tuple(nodes), quantizers, tensors=tensors)
+
+
+def gates(name: str, facts: GraphFacts = FACTS) -> st.SearchStrategy[tuple[str, BitArray]]:
+    quantizer = facts.quantizers[name]
     drawn = st.lists(
         st.sampled_from(quantizer.bit_widths), min_size=quantizer.gates, max_size=quantizer.gates
     )
@@ -97,6 +121,67 @@ def test_a_trial_predicts_a_move_and_changes_nothing(
     assert account(ledger) == before
     ledger.move(*tried)
     assert ledger.totals == predicted
+
+
+MIXED = chain((1, 1, 3, 1))
+"""Quantizers with one gate, read once or twice, and one with several; tensors on their grids."""
+
+GRAPHS = pytest.mark.parametrize("facts", [FACTS, MIXED], ids=["by hand", "chain"])
+
+
+def all_gates(graph: GraphFacts) -> st.SearchStrategy[BitArray]:
+    """The bits of all gates, one quantizer after the other."""
+    rows = [
+        st.lists(st.sampled_from(q.bit_widths), min_size=q.gates, max_size=q.gates)
+        for q in graph.quantizers.values()
+    ]
+    return st.tuples(*rows).map(np.concatenate)
+
+
+@GRAPHS
+@settings(deadline=None, max_examples=30)
+@given(data=st.data())
+def test_all_bits_at_once_give_the_same_account(facts: GraphFacts, data: st.DataObject) -> None:
+    ledger = Ledger(facts, WITH_MEMORY, highest_bits(facts))
+    for flat in data.draw(st.lists(all_gates(facts), min_size=1, max_size=4)):
+        ledger.assign(flat)
+        whole = Ledger(facts, WITH_MEMORY, dict(ledger.assignment))
+        assert account(ledger) == account(whole)
+        assert np.concatenate(list(ledger.assignment.values())).tolist() == flat.tolist()
+        name, new = data.draw(st.one_of([gates(name, facts) for name in facts.quantizers]))
+        assert ledger.trial(name, new) == whole.trial(name, new)
+
+
+@GRAPHS
+@settings(deadline=None, max_examples=30)
+@given(data=st.data())
+def test_what_one_quantizer_alone_would_change(facts: GraphFacts, data: st.DataObject) -> None:
+    ledger = Ledger(facts, WITH_MEMORY, highest_bits(facts))
+    ledger.assign(data.draw(all_gates(facts)))
+    there = np.array([data.draw(st.sampled_from(q.bit_widths)) for q in facts.quantizers.values()])
+    before = account(ledger)
+    found = ledger.alone(there)
+    assert account(ledger) == before
+    for column, name, new in zip(found.T, facts.quantizers, there, strict=True):
+        if facts.quantizers[name].gates == 1:
+            expected = np.array(ledger.change(name, np.array([new])))
+            known = [c.model.additive for c in WITH_MEMORY]
+            assert np.isnan(column[np.logical_not(known)]).all()
+            looked_up = column[known]
+            assert np.isnan(looked_up).all() or looked_up == pytest.approx(expected[known])
+        else:
+            assert np.isnan(column).all()
+
+
+def test_most_of_a_chain_is_looked_up() -> None:
+    found = Ledger(MIXED, parse_budget("bops <= 9%"), highest_bits(MIXED)).alone(np.full(9, 8))
+    assert [not bool(np.isnan(column).any()) for column in found.T] == [
+        *(True, True),
+        *(True, True),
+        *(False, False),
+        *(True, True),
+        True,
+    ]
 
 
 def test_the_callers_assignment_is_not_written_to() -> None:
