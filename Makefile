@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint typecheck wheel docs
+.PHONY: demo test adapters lint typecheck wheel docs
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -13,6 +13,9 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest
 
+adapters: $(VENV)/adapters.stamp
+	$(BIN)/python -m pytest tests/test_integrations.py tests/test_loggers.py tests/test_readme.py
+
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -20,11 +23,11 @@ lint: $(VENV)/dev.stamp
 typecheck: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
-docs: $(VENV)/docs.stamp
+docs: $(VENV)/dev.stamp
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 wheel: $(VENV)/dev.stamp
-	$(BIN)/python -m build --wheel
+	$(BIN)/python -m build
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,9 +37,9 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e ".[plot,onnx,qonnx,bench,test,dev]"
+	$(INSTALL) -e ".[plot,pandas,sweep,onnx,qonnx,bench,docs,test,dev]"
 	touch $(VENV)/demo.stamp $@
 
-$(VENV)/docs.stamp: $(VENV)/dev.stamp
-	$(INSTALL) -e ".[docs]"
+$(VENV)/adapters.stamp: $(VENV)/dev.stamp
+	$(INSTALL) -e ".[lightning,transformers,tensorboard]"
 	touch $@

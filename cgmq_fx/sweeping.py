@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -76,7 +76,7 @@ class _Task:
     def fingerprint(self) -> str:
         """Changes with the model and with the options, as far as they can be told apart."""
         digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
+        for name, tensor in _state(self.model).items():
             digest.update(name.encode())
             if isinstance(tensor, torch.Tensor):
                 data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -246,8 +246,9 @@ def _run_parallel(task: _Task, budgets: Sequence[str], folder: Path, workers: in
 def _work(task: _Task, budgets: Sequence[str], folder: Path, index: int, cores: int) -> None:
     """What one process does."""
     torch.set_num_threads(cores)
-    if _device(task.model).type == "cuda" and isinstance(task.model, nn.Module):
-        task.model.to(torch.device("cuda", index % torch.cuda.device_count()))
+    devices = _devices(task.model)
+    if devices and isinstance(task.model, nn.Module):
+        task.model.to(devices[index % len(devices)])
     _run_stretch(task, budgets, folder, None)
 
 
@@ -259,15 +260,25 @@ def _stretches(budgets: Sequence[str], count: int) -> Iterator[Sequence[str]]:
 
 def _jobs(asked: int | None, model: nn.Module | ExportedProgram) -> int:
     if asked is None:
-        return torch.cuda.device_count() if _device(model).type == "cuda" else 1
+        return max(1, len(_devices(model)))
     if type(asked) is not int or asked < 1:
         raise OptionError(f"jobs must be a whole number, 1 or more, not {asked!r}")
     return asked
 
 
-def _device(model: nn.Module | ExportedProgram) -> torch.device:
-    tensors = [t for t in model.state_dict().values() if isinstance(t, torch.Tensor)]
-    return tensors[0].device if tensors else torch.device("cpu")
+def _devices(model: nn.Module | ExportedProgram) -> list[torch.device]:
+    """The devices that points can be trained on; none if they all stay where the model is."""
+    tensors = [t for t in _state(model).values() if isinstance(t, torch.Tensor)]
+    if isinstance(model, ExportedProgram) or not tensors or tensors[0].device.type != "cuda":
+        return []
+    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+
+
+def _state(model: nn.Module | ExportedProgram) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = (
+        model.state_dict if isinstance(model, ExportedProgram) else model.state_dict()
+    )
+    return found
 
 
 def _file(folder: Path, budget: str) -> Path:

@@ -7,6 +7,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_a_point_that_was_interrupted_continues(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, BUDGETS[:1], loss=Stopping(7), **options)
     assert [file.suffix for file in tmp_path.iterdir() if file.is_dir()] == [".run"]
-    again = run(tmp_path, BUDGETS[:1], loss=Stopping(7), **options)  # 8 steps are done
+    again = run(tmp_path, BUDGETS[:1], loss=Stopping(20), **options)  # from the start: 25 calls
     assert len(again[0].result.history.steps) == 15
     assert not list(tmp_path.glob("*.run"))
 
@@ -145,6 +146,58 @@ def test_what_cannot_be_passed_on_is_said(tmp_path: Path) -> None:
         pytest.raises(OptionError, match="cannot be passed to other processes"),
     ):
         run(tmp_path, BUDGETS[:2], jobs=2, metric=lambda output, target: handle.fileno())
+
+
+def test_an_exported_program(tmp_path: Path) -> None:
+    program = torch.export.export(
+        model(), (torch.rand(2, 3),), dynamic_shapes=({0: torch.export.Dim.AUTO},)
+    )
+    found = cgmq_fx.sweep(program, BUDGETS[:1], folder=tmp_path, epochs=0, progress=False)
+    assert found[0].result.cost.satisfied
+
+
+class OnGpu(nn.Module):
+    """A model that says that it is on the first GPU, and notes where it is sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moves: list[torch.device] = []
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
+        weight = Mock(spec=torch.Tensor, device=torch.device("cuda", 0))
+        return {"weight": weight}
+
+    def to(self, device: Any) -> OnGpu:  # type: ignore[override]
+        self.moves.append(device)
+        return self
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_by_default_there_is_a_job_per_device(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert sweeping._jobs(None, OnGpu()) == count
+    assert sweeping._jobs(5, OnGpu()) == 5
+    exported = torch.export.export(model(), (torch.rand(2, 3),))
+    assert sweeping._jobs(None, model()) == sweeping._jobs(None, exported) == 1
+
+
+@pytest.mark.parametrize(
+    ("made", "place"), [(OnGpu, ["cuda:0", "cuda:1", "cuda:0"]), (model, [])], ids=["gpu", "cpu"]
+)
+def test_jobs_take_the_devices_in_turn(
+    made: Any, place: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(sweeping, "_run_stretch", lambda task, budgets, *_: trained.append(budgets))
+    net = made()
+    before = [parameter.device for parameter in net.parameters()]
+    for index in range(3):
+        sweeping._work(Mock(model=net), [str(index)], tmp_path, index, 1)
+    assert trained == [["0"], ["1"], ["2"]]
+    assert [str(device) for device in getattr(net, "moves", [])] == place
+    assert [parameter.device for parameter in net.parameters()] == before
 
 
 @pytest.mark.parametrize(
