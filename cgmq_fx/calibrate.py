@@ -32,6 +32,9 @@ _LARGEST = 1e15
 _SMALLEST = 1e-25
 """What is smaller counts as zero: the steps of its grid could not be held."""
 
+_LEAST_NOISE = 0.01
+"""Values may be on the grid by chance, all zero before training for one, and do not stay there."""
+
 _GOLDEN = 0.6180339887498949
 
 
@@ -41,9 +44,9 @@ class RangeTable:
 
     Attributes:
         log_ranges: Shape (bit-widths, *range shape): natural logarithm of the best range.
-        noise: Shape (bit-widths, rows): mean squared step there; at 0 bits 12 times the mean square
-            of the values (rounding to a step s has the error s^2/12), at 32 bits 0. A row per range
-            where gates have ranges of their own, else one.
+        noise: Shape (bit-widths, rows): 12 times the mean squared error there, clipping included:
+            the square of the step if values are spread evenly. It falls with the bit-width, to 0 at
+            32 bits. A row per range where gates have ranges of their own, else one.
         power: Mean square of the values.
         rows: Shape (gates,): the row of each gate; None where all have the first.
     """
@@ -119,16 +122,24 @@ def range_table(quantizer: Quantizer, values: Tensor) -> RangeTable:
     for bits in spec.bit_widths:
         limit = best_range(values, max(bits, 2), quantizer.signed, spec.power_of_two, empty)
         logs.append(limit.log().reshape(shape))
-        if bits == 0:
-            noise.append(12 * values.square().mean(1))
-        elif bits >= PASS_THROUGH:
-            noise.append(torch.zeros_like(limit))
-        else:
-            noise.append((limit * (2 if quantizer.signed else 1) / (2**bits - 1)).square())
+        noise.append(_noise(values, limit, bits, quantizer.signed))
     table = torch.stack(noise)
     if rows is None:
         table = table.mean(1, keepdim=True)
+    table = table.flip(0).cummax(0).values.flip(0)
     return RangeTable(torch.stack(logs), table, float(values.square().mean()), rows)
+
+
+def _noise(values: Tensor, limit: Tensor, bits: int, signed: bool) -> Tensor:
+    """12 times the mean squared error of rounding `values`, shape (ranges,)."""
+    if bits == 0:
+        return 12 * values.square().mean(1)
+    if bits >= PASS_THROUGH:
+        return torch.zeros_like(limit)
+    width = torch.tensor(bits, dtype=torch.int32, device=values.device)
+    error = round_to_grid(values, limit[:, None], width, signed).sub_(values).square().mean(1)
+    step = limit * (2 if signed else 1) / (2**bits - 1)
+    return torch.maximum(12 * error, _LEAST_NOISE * step.square())
 
 
 def _rows(spec: QuantizerSpec) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import cgmq_fx
-from cgmq_fx.calibrate import RangeTable, best_range, calibrate
+from cgmq_fx.calibrate import RangeTable, best_range, calibrate, range_table
 from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.grid import round_to_grid
@@ -195,19 +195,45 @@ def graph_of_one_call() -> torch.fx.Graph:
     return graph
 
 
+def rounding(table: RangeTable, level: int, bits: int) -> float:
+    """12 times the mean squared error of rounding -2 and 1 to the nearest code."""
+    top = 2 ** (bits - 1) - 1
+    step = 2 * float(table.log_ranges[level].exp()) / (2**bits - 1)
+    codes = [max(-top, min(top, round(v / step))) for v in (-2.0, 1.0)]
+    return float(12 * ((-2 - codes[0] * step) ** 2 + (1 - codes[1] * step) ** 2) / 2)
+
+
 NOISE: dict[str, Callable[[RangeTable], tuple[float, float]]] = {
     "0 bits": lambda t: (float(t.noise[0]), 12 * (4 + 1) / 2),  # mean square 2.5
-    "2 bits": lambda t: (float(t.noise[1]), float((2 * t.log_ranges[1].exp() / 3) ** 2)),
-    "8 bits": lambda t: (float(t.noise[2]), float((2 * t.log_ranges[2].exp() / 255) ** 2)),
+    "2 bits": lambda t: (float(t.noise[1]), rounding(t, 1, 2)),
+    "8 bits": lambda t: (float(t.noise[2]), rounding(t, 2, 8)),
     "32 bits": lambda t: (float(t.noise[3]), 0.0),
     "power": lambda t: (t.power, 2.5),
 }
 
 
 @pytest.mark.parametrize("name", NOISE)
-def test_table_holds_the_squared_step_of_every_level(name: str) -> None:
+def test_table_holds_the_error_of_every_level(name: str) -> None:
     quantizer = Quantizer(QuantizerSpec(Role.ACTIVATION, True, (0, 2, 8, 32)))
     model = torch.fx.GraphModule({"q": quantizer}, graph_of_one_call())
     batches = [ExampleInputs((torch.tensor([[x]]),)) for x in (-2.0, 1.0)]
     found, expected = NOISE[name](calibrate(model, {"q": quantizer}, batches, frozenset())["q"])
-    assert found == pytest.approx(expected)
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_noise_falls_with_the_bits_and_tells_channels_apart() -> None:
+    weights = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    weights[1] *= 10
+    spec = QuantizerSpec(Role.WEIGHT, True, (0, 2, 3, 4, 8, 32), (3, 1), (3, 1))
+    table = range_table(Quantizer(spec), weights)
+    assert table.rows is not None
+    assert table.rows.tolist() == [0, 1, 2]
+    assert bool((table.noise[:-1] >= table.noise[1:]).all())
+    assert bool((table.noise[:-1, 1] > 50 * table.noise[:-1, 0]).all())  # about 100 times
+
+
+def test_values_on_a_grid_still_have_some_noise() -> None:
+    """Weights that start at zero, or are on the grid already, do not stay there."""
+    for values in (torch.zeros(1, 8), torch.tensor([[-1.0, 0.0, 1.0, 1.0]])):
+        quantizer = Quantizer(QuantizerSpec(Role.WEIGHT, True, (2, 8), (), ()))
+        assert bool((range_table(quantizer, values).noise > 0).all())
