@@ -4,10 +4,14 @@ The elements at one bit-width stand together, in the order of the tensor, the na
 run ends at a byte. Codes are shifted so that the lowest is 0; elements at 32 bits are float32;
 those at 0 bits take no room. What is unpacked are the values that the quantizer rounds to, so a
 model computes the same with them to the last bit.
+
+Where gates are many, which of them has which width is itself information. It is deflated, and with
+one gate per element so are the codes, where that is smaller.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any, TypeAlias
@@ -30,6 +34,8 @@ _MOST_PER_BYTE = 4096
 """Elements that a byte of a file may stand for: pruned ones take none."""
 
 _FLOOR = 1 << 20
+_RAW = -15
+"""Deflated data without a header."""
 
 
 def pack_bits(codes: npt.NDArray[np.int64], width: int) -> Bytes:
@@ -67,15 +73,40 @@ def pack_weights(module: GraphModule) -> tuple[dict[str, Tensor], Entries]:
         weight, quantizer = tensor_at(module, name), module.get_submodule(path)
         if weight is None or not isinstance(quantizer, Quantizer):
             continue
-        tensors[name] = _pack(weight.detach().cpu(), quantizer)
-        entries[name] = {"quantizer": path, "shape": list(weight.shape)}
+        codes, deflated = _pack(weight.detach().cpu(), quantizer), []
         gates = quantizer.bits.detach().cpu().reshape(-1)
+        rows = {name: codes} if gates.numel() == weight.numel() else {}
         if gates.numel() > 1:
             widths = torch.tensor(quantizer.spec.bit_widths, dtype=torch.int32)
             indices = torch.searchsorted(widths, gates).numpy().astype(np.int64)
-            packed = pack_bits(indices, _index_bits(len(widths)))
-            tensors[f"{path}.bits"] = torch.from_numpy(packed)
+            rows[f"{path}.bits"] = pack_bits(indices, _index_bits(len(widths)))
+        tensors[name] = torch.from_numpy(codes)
+        for key, data in rows.items():
+            small = _deflated(data)
+            deflated += [key] if small.size < data.size else []
+            tensors[key] = torch.from_numpy(min(data, small, key=len))
+        entries[name] = {"quantizer": path, "shape": list(weight.shape), "deflated": deflated}
     return tensors, entries
+
+
+def _deflated(data: Bytes) -> Bytes:
+    found = []
+    for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY):
+        packer = zlib.compressobj(9, zlib.DEFLATED, _RAW, 9, strategy)
+        found.append(packer.compress(data.tobytes()) + packer.flush())
+    return np.frombuffer(min(found, key=len), np.uint8).copy()
+
+
+def _inflated(tensor: Tensor, entry: Mapping[str, Any], key: str, size: int) -> Bytes:
+    """The bytes of a packed tensor, at most `size` and one: more is an error of the caller's."""
+    data = _bytes(tensor)
+    if key not in entry.get("deflated", ()):
+        return data
+    try:
+        found = zlib.decompressobj(_RAW).decompress(data.tobytes(), size + 1)
+    except zlib.error as error:
+        raise ArtifactError(f"{key} is damaged: {error}") from error
+    return np.frombuffer(found, np.uint8)
 
 
 def unpack_gates(
@@ -103,9 +134,14 @@ def unpack_gates(
         gates = [int(size) for size in modules[entry["quantizer"]]["gate_shape"]]
         if prod(gates) <= 1:
             continue
-        if min(gates) < 1 or prod(gates) > 8 * tensors[path].numel():
+        if min(gates) < 1 or prod(gates) > prod(shape):
             raise ArtifactError(f"{path} has no room for gates of shape {gates}")
-        indices = unpack_bits(_bytes(tensors[path]), prod(gates), _index_bits(len(widths)))
+        each = _index_bits(len(widths))
+        size = -(-prod(gates) * each // 8)
+        packed = _inflated(tensors[path], entry, path, size)
+        if packed.size != size:
+            raise ArtifactError(f"{path} has no room for gates of shape {gates}")
+        indices = unpack_bits(packed, prod(gates), each)
         if int(indices.max()) >= len(widths):
             raise ArtifactError(f"{path} holds bit-widths that there are not")
         restored[path] = widths[torch.from_numpy(indices)].reshape(gates)
@@ -123,7 +159,8 @@ def unpack_weights(module: GraphModule, tensors: Mapping[str, Tensor], entries: 
         weight = tensor_at(module, name)
         if not isinstance(quantizer, Quantizer) or weight is None:
             raise ArtifactError(f"{name} has no quantizer")
-        values = _unpack(_bytes(tensors[name]), quantizer, tuple(weight.shape), name)
+        data = _inflated(tensors[name], entry, name, 4 * weight.numel())  # 32 bits at most
+        values = _unpack(data, quantizer, tuple(weight.shape), name)
         trained = isinstance(weight, nn.Parameter)
         set_tensor(module, name, nn.Parameter(values) if trained else values)
 
@@ -141,7 +178,9 @@ def _packable(module: GraphModule) -> Iterator[tuple[str, str]]:
 
 
 def _index_bits(widths: int) -> int:
-    return max((widths - 1).bit_length(), 1)
+    """Bits of an index: 1, 2, 4 or 8, so that none of them stands in two bytes."""
+    needed = max((widths - 1).bit_length(), 1)
+    return next(size for size in (1, 2, 4, 8, 16) if needed <= size)
 
 
 def _bytes(tensor: Tensor) -> Bytes:
@@ -158,7 +197,7 @@ def _grid_of(quantizer: Quantizer, shape: tuple[int, ...]) -> tuple[Tensor, Tens
     return rows[0], rows[1], rows[2], rows[3]
 
 
-def _pack(weight: Tensor, quantizer: Quantizer) -> Tensor:
+def _pack(weight: Tensor, quantizer: Quantizer) -> Bytes:
     step, low, high, bits = _grid_of(quantizer, tuple(weight.shape))
     flat, parts = weight.reshape(-1), []
     for width in bits.unique().tolist():
@@ -168,7 +207,7 @@ def _pack(weight: Tensor, quantizer: Quantizer) -> Tensor:
         elif width:
             codes = (flat[own] / step[own]).round().maximum(low[own]).minimum(high[own])
             parts.append(pack_bits((codes - low[own]).numpy().astype(np.int64), width))
-    return torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *parts]))
+    return np.concatenate([np.zeros(0, np.uint8), *parts])
 
 
 def _unpack(data: Bytes, quantizer: Quantizer, shape: tuple[int, ...], name: str) -> Tensor:

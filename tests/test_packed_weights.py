@@ -17,7 +17,7 @@ from torch import Tensor
 from cgmq_fx import ArtifactError, load
 from cgmq_fx.artifact import _deflate, _inflate
 from cgmq_fx.cost_models import parse_budget
-from cgmq_fx.packed_weights import pack_bits, unpack_bits
+from cgmq_fx.packed_weights import _deflated, pack_bits, unpack_bits
 from cgmq_fx.verify import count
 from tests.deploy_nets import deployed, inputs_of
 from tests.nets import call
@@ -50,13 +50,20 @@ def test_a_packed_model_computes_the_same_to_the_last_bit(
     assert [s.value for s in loaded.cost.states] == [s.value for s in result.cost.states]
 
 
-@pytest.mark.parametrize("scheme", ["w2", "w2 tensor", "tensor", "channel"])
+@pytest.mark.parametrize("scheme", ["w2", "w2 tensor", "tensor", "channel", "element"])
 def test_a_file_takes_what_the_budget_counts(scheme: str, tmp_path: Path) -> None:
     """LeNet-5: within 5 % of the weight memory that the budget was held to."""
     result = deployed("lenet5", scheme)
     counted = count(result.model, result.inputs, parse_budget("weights <= 100%")).states[0].value
     size = result.export(tmp_path / "net.safetensors", verify=False).path.stat().st_size
     assert abs(size / counted - 1) <= 0.05
+
+
+def test_a_map_of_widths_takes_what_it_says() -> None:
+    """Three widths at random say log2(3) = 1.58 bits per element, which nothing can save."""
+    drawn = np.random.default_rng(0).integers(0, 3, 1 << 14)
+    assert _deflated(pack_bits(drawn, 2)).size * 8 / drawn.size == pytest.approx(1.585, rel=0.03)
+    assert _deflated(pack_bits(drawn * 0, 2)).size < 32
 
 
 def test_exporting_again_gives_the_same_file(tmp_path: Path) -> None:
@@ -96,6 +103,11 @@ def strange_width(content: Content) -> None:
     content[1]["cgmq_quantizers.0_weight.bits"].fill_(255)
 
 
+def not_deflated(content: Content) -> None:
+    content[0]["packed"]["0.weight"]["deflated"].append("0.weight")
+    content[1]["0.weight"].fill_(255)
+
+
 DAMAGE: dict[Callable[[Content], None], str] = {
     widened: "too large for its bytes",
     cut: "fewer bytes",
@@ -103,7 +115,8 @@ DAMAGE: dict[Callable[[Content], None], str] = {
     no_bytes: "no row of bytes",
     elsewhere: "damaged",
     more_gates: "no room for gates",
-    strange_width: "bit-widths that there are not|fewer bytes",
+    strange_width: "is damaged|no room",
+    not_deflated: "is damaged",
 }
 
 
