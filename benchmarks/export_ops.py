@@ -87,6 +87,36 @@ def _matmul(x: Tensor) -> Tensor:
     return x @ x.transpose(-1, -2)
 
 
+_UNARY = (
+    *(
+        "relu",
+        "relu6",
+        "hardtanh",
+        "leaky_relu",
+        "elu",
+        "selu",
+        "celu",
+        "gelu",
+        "silu",
+        "mish",
+        "hardswish",
+    ),
+    *(
+        "hardsigmoid",
+        "sigmoid",
+        "tanh",
+        "softplus",
+        "abs",
+        "neg",
+        "exp",
+        "square",
+        "sin",
+        "cos",
+        "floor",
+    ),
+    *("round", "sign"),
+)
+
 OPS: dict[str, Net] = {
     "linear": _around(lambda x: x, ROWS),
     "linear on rows": _layer(lambda: nn.Linear(16, 6), SERIES),
@@ -103,32 +133,7 @@ OPS: dict[str, Net] = {
     "scaled_dot_product_attention": _around(lambda x: F.scaled_dot_product_attention(x, x, x)),
     **{
         name: _around(cast("Callable[..., Tensor]", getattr(torch.ops.aten, name)))
-        for name in [
-            "relu",
-            "relu6",
-            "hardtanh",
-            "leaky_relu",
-            "elu",
-            "selu",
-            "celu",
-            "gelu",
-            "silu",
-            "mish",
-            "hardswish",
-            "hardsigmoid",
-            "sigmoid",
-            "tanh",
-            "softplus",
-            "abs",
-            "neg",
-            "exp",
-            "square",
-            "sin",
-            "cos",
-            "floor",
-            "round",
-            "sign",
-        ]
+        for name in _UNARY
     },
     "sqrt": _around(lambda x: (x.abs() + 1).sqrt()),
     "rsqrt": _around(lambda x: (x.abs() + 1).rsqrt()),

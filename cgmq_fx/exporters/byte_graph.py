@@ -197,6 +197,38 @@ class ByteGraph:
         made = self.multiplied(_ATEN.conv2d.default, [images, *rest], rule, groups=groups)
         return self.permuted(made, _TO_LAST)
 
+    def transposed_convolution(
+        self,
+        operands: Sequence[Operand],
+        strides: tuple[int, int],
+        dilations: tuple[int, int],
+        size: tuple[int, int] | None,
+        pads: Pads,
+    ) -> Value:
+        """A transposed convolution of two dimensions, in one group.
+
+        Args:
+            operands: The images; the weight, as (inputs, outputs, height, width); perhaps a bias.
+            strides: Vertical and horizontal.
+            dilations: The same.
+            size: Height and width of the result, where they are given; else `pads` say them.
+            pads: What is cut off, less what is added behind.
+        """
+
+        def rule(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+            floats = x.float(), weight.float()
+            whole = torch.conv_transpose2d(*floats, None, strides, (0, 0), (0, 0), 1, dilations)
+            if size is None:
+                return torch.nn.functional.pad(whole, [-amount for amount in pads])
+            for found, wanted, stride in zip(whole.shape[2:], size, strides, strict=True):
+                if not found - max(weight.shape[2:]) - stride < wanted < found + stride:
+                    raise ValueError(f"a transposed convolution gives {found}, not {wanted}")
+            return whole.new_empty((*whole.shape[:2], *size))
+
+        images = self.permuted(operands[0], _TO_FIRST)
+        made = self.multiplied(_ATEN.conv_transpose2d.input, [images, *operands[1:]], rule)
+        return self.permuted(made, _TO_LAST)
+
     def multiplied(
         self, target: Any, operands: Sequence[Operand], rule: ShapeRule, **options: Any
     ) -> Value:
@@ -279,12 +311,12 @@ class ByteGraph:
 
 def _fitted(layout: Layout, shape: Shape) -> Layout:
     """A layout for a weight that was written with more or fewer axes of size 1."""
-    gates = layout.gates
+    gates, ones = layout.gates, [1] * len(shape)
     if not gates or len(gates) == len(shape):
         return layout
-    if math.prod(gates) == gates[0]:
-        return replace(layout, gates=(gates[0], *[1] * (len(shape) - 1)))
-    return replace(layout, gates=shape) if math.prod(gates) == math.prod(shape) else layout
+    if math.prod(gates) == math.prod(shape):
+        return replace(layout, gates=shape)
+    return replace(layout, gates=(*gates, *ones)[: len(shape)])
 
 
 def _nearest(number: float, step: float) -> int:

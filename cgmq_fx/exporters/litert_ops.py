@@ -17,7 +17,7 @@ from cgmq_fx.exporters.flat import Table
 _ATEN = torch.ops.aten
 _SAME = 0
 _DEPTHWISE = 4
-_FUSED_FIELD = {0: 0, 1: 5, 2: 1, 3: 3, 4: 4, 9: 0, 17: 5, 18: 0, 41: 0, 42: 0}
+_FUSED_FIELD = {0: 0, 1: 5, 2: 1, 3: 3, 4: 4, 9: 0, 17: 5, 67: 3, 18: 0, 41: 0, 42: 0}
 """Where the options of an operator say what clamp it has."""
 
 _FUSED: dict[int, tuple[float, float]] = {1: (0.0, math.inf), 2: (-1.0, 1.0), 3: (0.0, 6.0)}
@@ -150,6 +150,23 @@ def _convolution(call: Call) -> list[Value]:
     pads = _window(call, kernel, strides, dilations)
     operands = [call.value(), weight, *[i for i in call.inputs[2:3] if i is not None]]
     return [call.builder.convolution(operands, strides, dilations, pads, groups)]
+
+
+def _transposed_convolution(call: Call) -> list[Value]:
+    """Its inputs: the size of the result, the weight, the images, perhaps a bias."""
+    weight, sizes = call.operand(1), call.integers(0)
+    if not isinstance(weight, Constant) or len(sizes) != 4:
+        raise ArtifactError("a transposed convolution has a weight that is computed")
+    bias = [i for i in call.inputs[3:4] if i is not None]
+    operands = [call.value(2), weight.permuted((3, 0, 1, 2)), *bias]
+    made = call.builder.transposed_convolution(
+        operands,
+        strides=(call.option(2, default=1), call.option(1, default=1)),
+        dilations=(1, 1),
+        size=(sizes[1], sizes[2]),
+        pads=(0, 0, 0, 0),
+    )
+    return [made]
 
 
 def _pool(target: Any) -> Handler:
@@ -354,6 +371,7 @@ HANDLERS: dict[int, Handler] = {
     45: _moved(_ATEN.slice.Tensor, _strided),
     49: Handler(_split),
     65: _moved(_ATEN.slice.Tensor, _sliced),
+    67: Handler(_transposed_convolution),
     69: _moved(_ATEN.repeat.default, _tiled),
     70: _moved(_ATEN.reshape.default, lambda call, x: x.reshape(call.stated)),
     74: _reduced(_ATEN.sum.dim_IntList),
