@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cgmq_fx import PRESETS, Preset, prepare
+from cgmq_fx import PRESETS, Preset, Result, prepare
 from cgmq_fx.cost_models.errors import CgmqError
+from cgmq_fx.exporters.hls import hls_project
 
 IMAGES, SERIES, ROWS = (4, 8, 8), (4, 16), (12,)
 _SUFFIXES = {"onnx": "onnx", "qonnx": "onnx", "executorch": "pte", "litert": "tflite"}
@@ -221,6 +222,16 @@ class Recurrent(nn.Module):
 OPS["lstm"] = Net(Recurrent, lambda: torch.randn(2, 3, 5))
 
 
+def _circuit(path: Path, result: Result, inputs: Tensor, folder: Path) -> str:
+    """What the C++ of hls4ml computes, compiled."""
+    project = hls_project(path, folder / "project", io_type="io_parallel")
+    project.compile()
+    with torch.no_grad():
+        expected = result.model(inputs)
+    same = (project.predict(inputs) == expected).float().mean()
+    return f"{'ok' if same == 1 else 'FAILS'} {float(same):.2%} of the circuit's outputs exact"
+
+
 def tried(name: str, preset: Preset, folder: Path) -> str:
     """What happens with an op: how well the file agrees, or what goes wrong.
 
@@ -238,6 +249,8 @@ def tried(name: str, preset: Preset, folder: Path) -> str:
         result = prepared.finalize()
         for form in preset.formats:
             exported = result.export(folder / f"net.{_SUFFIXES[form]}", form)
+        if preset.name == "fpga":
+            return _circuit(exported.path, result, net.inputs(), folder)
         unknown = exported.certificate.unknown
         return f"ok {exported.agreement}{f'; unknown: {unknown}' if unknown else ''}"
     except CgmqError as error:

@@ -85,21 +85,27 @@ def inputs_of(name: str, batch: int) -> ExampleInputs:
     return ExampleInputs((torch.randn(batch, *shape),))
 
 
-@lru_cache
-def deployed(name: str, scheme: str = "tensor", budget: str = "bops <= 2%") -> Result:
-    """A model quantized under a budget, bits spread over what the scheme allows."""
+def float_net(name: str) -> nn.Module:
+    """A model with random weights, always the same."""
     torch.manual_seed(0)
     model = _MODELS[name][0]()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0.0, 0.2)
+    return model.eval()
+
+
+@lru_cache
+def deployed(name: str, scheme: str = "tensor", budget: str = "bops <= 2%") -> Result:
+    """A model quantized under a budget, bits spread over what the scheme allows."""
+    model = float_net(name)
     own = SCHEMES[scheme]
     if name == "resnet20":
         budget = "bops <= 6%"
     if own.bit_widths[0] > 2:
         budget = "bops <= 100%"
-    prepared = prepare(model.eval(), budget, inputs_of(name, 4), scheme=own)
+    prepared = prepare(model, budget, inputs_of(name, 4), scheme=own)
     result = prepared.finalize()
     for quantizer in result.model.get_submodule(QUANTIZERS).children():
         if isinstance(quantizer, Quantizer) and quantizer.spec.role.value == "activation":

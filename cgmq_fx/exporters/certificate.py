@@ -20,6 +20,7 @@ from cgmq_fx.cost_models.errors import ArtifactError, BoundError, ExportError
 from cgmq_fx.exporters.agreement import Agreement
 from cgmq_fx.exporters.cost_graph import Layout, Manifest
 from cgmq_fx.exporters.exporter import Exporter, find_exporter
+from cgmq_fx.exporters.layer_names import layer_names
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.result import Result
@@ -103,7 +104,9 @@ def manifest_of(result: Result) -> Manifest:
         if isinstance(quantizer, Quantizer):
             spec = quantizer.spec
             layouts[name] = Layout(spec.bit_widths, spec.gate_shape, spec.power_of_two)
-    return Manifest(result.inputs.batch or 1, str(result.budget), layouts)
+    parts = any(constraint.scope is not None for constraint in result.budget)
+    layers = layer_names(result.cost.facts) if parts else ()
+    return Manifest(result.inputs.batch or 1, str(result.budget), layouts, layers)
 
 
 def verify_file(
@@ -153,8 +156,8 @@ def certify(
 ) -> Certificate:
     """The certificate of a file that was just written.
 
-    Constraints that only the graph can tell (those on a part of the model, and all of them where
-    a format of the user's own cannot be read back) are counted from the graph.
+    Where a format of the user's own cannot be read back, constraints are counted from the graph;
+    so are those on a part of the model, where the file does not show which part that is.
 
     Raises:
         BoundError: If the file costs more than the budget allows.
@@ -162,13 +165,16 @@ def certify(
     content = path.read_bytes()
     states, unknown, from_file = result.cost.states, result.cost.facts.unknown, False
     if exporter.readable:
-        read = exporter.read(path)
-        whole = [c for c in result.budget if c.scope is None]
-        if whole:
-            counted, unknown = read.count(Budget(tuple(whole)))
+        try:
+            states, unknown = exporter.read(path).count(result.budget)
+            from_file = True
+        except ArtifactError:
+            whole = Budget(tuple(c for c in result.budget if c.scope is None))
+            if len(whole) == len(result.budget):
+                raise
+            counted, unknown = exporter.read(path).count(whole)
             known = {str(state.constraint): state for state in counted}
             states = tuple(known.get(str(s.constraint), s) for s in states)
-            from_file = len(whole) == len(result.budget)
     certificate = Certificate(
         path.name,
         exporter.name,

@@ -20,6 +20,7 @@ from cgmq_fx.cost_models import Budget, ConstraintState, GraphFacts, Ledger
 from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.exporters.exporter import FileCost
+from cgmq_fx.exporters.layer_names import LayerName, named
 from cgmq_fx.passes.annotate import annotate
 from cgmq_fx.passes.freeze import read_bits
 from cgmq_fx.passes.grid import MAX_GRID_BITS, PASS_THROUGH
@@ -58,11 +59,13 @@ class Manifest:
         batch: The batch size that shapes are taken for.
         budget: The budget that it was made for, as text.
         layouts: For every quantizer, how its bits are meant to be read.
+        layers: The layers by name, where the budget bounds some of them.
     """
 
     batch: int = 2
     budget: str = ""
     layouts: Mapping[str, Layout] = field(default_factory=dict)
+    layers: tuple[LayerName, ...] = ()
 
     def layout(self, tensor: str) -> Layout:
         """The layout of the quantizer that a tensor of codes or steps belongs to."""
@@ -83,6 +86,7 @@ class Manifest:
             "batch": self.batch,
             "budget": self.budget,
             "bits": rows,
+            **({"layers": [layer.to_json() for layer in self.layers]} if self.layers else {}),
         }
 
     @staticmethod
@@ -101,13 +105,14 @@ class Manifest:
             )
         try:
             layouts = {str(k): _layout(*row) for k, row in data["bits"].items()}
+            layers = tuple(map(LayerName.from_json, data.get("layers", ())))
             batch = int(data["batch"])
             budget = str(data["budget"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"the manifest of {name} is damaged: {error}") from error
         if not 1 <= batch <= 1 << 20:
             raise ArtifactError(f"the manifest of {name} states a batch of {batch}")
-        return Manifest(batch, budget, layouts)
+        return Manifest(batch, budget, layouts, layers)
 
 
 def _layout(widths: Sequence[int], gates: Sequence[int], power_of_two: int) -> Layout:
@@ -264,14 +269,17 @@ class CostGraph:
         return node
 
     def count(
-        self, outputs: Sequence[Node], budget: Budget, batch: int
+        self, outputs: Sequence[Node], budget: Budget, manifest: Manifest
     ) -> tuple[tuple[ConstraintState, ...], GraphFacts]:
         """Count every constraint of a budget.
 
         Args:
             outputs: What the network returns.
             budget: The constraints; a bound's own reference is not used.
-            batch: Batch size of the shapes.
+            manifest: The batch size of the shapes, and the names of layers.
+
+        Raises:
+            ArtifactError: If a layer is bound by its name, and the names do not fit.
         """
         self._graph.output(tuple(outputs))
         module = GraphModule(self._root, self._graph)
@@ -282,7 +290,9 @@ class CostGraph:
             module.add_module(QUANTIZERS, nn.Module())
         self._mark_float(module)
         module.graph.lint()
-        facts = annotate(module, batch)
+        facts = annotate(module, manifest.batch)
+        if any(constraint.scope is not None for constraint in budget):
+            facts = named(facts, manifest.layers)
         ledger = Ledger(facts, budget, read_bits(module))
         return ledger.states(), facts
 
@@ -342,7 +352,7 @@ class Counted(FileCost):
 
     def count(self, budget: Budget) -> tuple[tuple[ConstraintState, ...], tuple[str, ...]]:
         """Count on the graph that was read."""
-        states, facts = self.graph.count(self.outputs, budget, self.manifest.batch)
+        states, facts = self.graph.count(self.outputs, budget, self.manifest)
         return states, (*facts.unknown, *self.graph.unknown)
 
 
