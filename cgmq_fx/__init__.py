@@ -7,7 +7,7 @@ that what needs no PyTorch, such as `cgmq-fx --help`, does not wait for it.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from cgmq_fx.requirements import check_torch
+from cgmq_fx.requirements import check_torch, own_version
 
 check_torch()
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ else:
             api = import_module("cgmq_fx.api")
             globals().update({public: getattr(api, public) for public in ["__all__", *api.__all__]})
         if name == "__version__":
-            globals()[name] = import_module("importlib.metadata").version("cgmq-fx")
+            globals()[name] = own_version()
         try:
             return globals()[name]
         except KeyError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from cgmq_fx.cost_models.errors import OptionError
 from cgmq_fx.drawing import draw
 from cgmq_fx.palette import STOPS, color_of
 from cgmq_fx.report import as_dict, mean_bits, other_quantizers
+from cgmq_fx.requirements import own_version
 from cgmq_fx.result import Result
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _context(result: Result) -> dict[str, Any]:
         "rows": _rows(result, ranges),
         "others": others,
         "color": color_of,
-        "versions": _versions(),
+        "versions": {"cgmq_fx": own_version(), "PyTorch": torch.__version__},
         "parameters": sum(p.numel() for p in result.model.parameters()),
     }
 
@@ -113,14 +113,6 @@ def _plots(result: Result) -> list[Markup] | None:
     except OptionError:
         return None
     return [Markup(svg) for svg in drawn.values()]  # matplotlib escapes what it writes
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = version("cgmq-fx")
-    except PackageNotFoundError:
-        own = "from a checkout"
-    return {"cgmq_fx": own, "PyTorch": torch.__version__}
 
 
 @lru_cache(maxsize=1)

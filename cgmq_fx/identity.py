@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from hashlib import sha256
-from importlib.metadata import version
 from types import FunctionType
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.fx import GraphModule
 from torch.optim import Optimizer
 
 from cgmq_fx.passes.capture import ExampleInputs, device_of
+from cgmq_fx.requirements import own_version
 from cgmq_fx.result import Result
 
 _DIGITS = 16
@@ -31,7 +31,7 @@ def model_identity(
         start: A result to start from, if there is one.
     """
     return {
-        "versions": {"cgmq_fx": version("cgmq-fx"), "torch": torch.__version__},
+        "versions": {"cgmq_fx": own_version(), "torch": torch.__version__},
         "device": device_of(module).type,
         "inputs": [f"{tuple(t.shape[dynamic:])} {t.dtype}" for t in inputs.tensors],
         "graph": _short(module.code.encode()),

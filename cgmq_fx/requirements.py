@@ -1,10 +1,18 @@
-"""What has to be installed, checked before it is loaded: an old PyTorch fails in odd ways."""
+"""What is installed, looked up before it is loaded: an old PyTorch fails in odd ways."""
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
 OLDEST_TORCH = (2, 11)
+
+
+def own_version() -> str:
+    """The version of this package, or that it is not installed."""
+    try:
+        return version("cgmq-fx")
+    except PackageNotFoundError:
+        return "from a checkout"
 
 
 def check_torch() -> None:

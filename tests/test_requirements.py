@@ -3,12 +3,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
 from cgmq_fx import requirements
-from cgmq_fx.requirements import OLDEST_TORCH, check_torch
+from cgmq_fx.requirements import OLDEST_TORCH, check_torch, own_version
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,3 +44,12 @@ def test_the_check_comes_with_the_import(tmp_path: Path) -> None:
 def test_the_oldest_version_is_the_one_that_is_declared() -> None:
     declared = f'"torch>={OLDEST_TORCH[0]}.{OLDEST_TORCH[1]},<3"'
     assert declared in (ROOT / "pyproject.toml").read_text()
+
+
+def test_a_checkout_that_is_not_installed_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_: str) -> str:
+        raise PackageNotFoundError("cgmq-fx")
+
+    monkeypatch.setattr(requirements, "version", missing)
+    assert own_version() == "from a checkout"
+    check_torch()  # nor is a PyTorch without metadata refused
