@@ -53,9 +53,9 @@ TESTS = {
     "cost_models/facts.py": ["costs", "cost_model", "memory", "annotate"],
     "cost_models/errors.py": ["parse", "user_errors", "wrong"],
     "cgmq_fx/projection.py": ["projection", "oracle", "controller"],
-    "cgmq_fx/controller.py": ["controller", "channel_gates", "search"],
+    "cgmq_fx/controller.py": ["controller", "channel_gates", "search", "checkpoint"],
     "cgmq_fx/gates.py": ["controller", "channel_gates", "projection"],
-    "cgmq_fx/marginals.py": ["controller", "search"],
+    "cgmq_fx/marginals.py": ["controller", "search", "checkpoint"],
     "cgmq_fx/directions.py": ["controller", "search"],
 }
 
