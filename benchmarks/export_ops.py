@@ -9,7 +9,7 @@ an environment that has the packages of the format.
 
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -46,6 +46,17 @@ class Between(nn.Module):
         return cast(Tensor, self.last(self.function(self.first(x)).flatten(1)))
 
 
+class Several(nn.Module):
+    """Functions of one layer's result, each with a layer behind it."""
+
+    def __init__(self, functions: Sequence[Callable[..., Tensor]]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(Between(function, IMAGES) for function in functions)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(branch(x) for branch in self.branches)
+
+
 class Table(nn.Module):
     """Rows of a table, then a layer."""
 
@@ -64,24 +75,23 @@ class Net:
     Attributes:
         build: Makes it.
         inputs: Its input, two samples.
+        function: Makes what stands between its layers, where that is all there is to it.
     """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], Tensor]
+    function: Callable[[], Callable[..., Tensor]] | None = None
 
 
 def _around(function: Callable[..., Tensor], shape: tuple[int, ...] = IMAGES) -> Net:
-    return Net(lambda: Between(function, shape), lambda: torch.randn(2, *shape))
+    images = (lambda: function) if shape == IMAGES else None
+    return Net(lambda: Between(function, shape), lambda: torch.randn(2, *shape), images)
 
 
 def _layer(build: Callable[[], nn.Module], shape: tuple[int, ...] = IMAGES) -> Net:
     """A layer with weights of its own in the middle."""
-
-    def made() -> nn.Module:
-        layer = build()
-        return Between(layer, shape)
-
-    return Net(made, lambda: torch.randn(2, *shape))
+    images = build if shape == IMAGES else None
+    return Net(lambda: Between(build(), shape), lambda: torch.randn(2, *shape), images)
 
 
 def _matmul(x: Tensor) -> Tensor:
@@ -232,19 +242,30 @@ def _circuit(path: Path, result: Result, inputs: Tensor, folder: Path) -> str:
     return f"{'ok' if same == 1 else 'FAILS'} {float(same):.2%} of the circuit's outputs exact"
 
 
-def tried(name: str, preset: Preset, folder: Path) -> str:
+def together(names: Sequence[str]) -> Net:
+    """One net with several ops that take images, in branches."""
+    made = [OPS[name].function for name in names]
+    return Net(
+        lambda: Several([build() for build in made if build is not None]),
+        lambda: torch.randn(2, *IMAGES),
+    )
+
+
+def tried(net: Net, preset: Preset, folder: Path) -> str:
     """What happens with an op: how well the file agrees, or what goes wrong.
 
     Args:
-        name: One of `OPS`.
+        net: A net around it.
         preset: Where it is to run; its list of ops is not asked.
         folder: Where files go.
     """
     torch.manual_seed(0)
-    net = OPS[name]
     try:
         prepared = prepare(
-            net.build().eval(), "bops <= 100%", net.inputs(), target=replace(preset, ops=())
+            net.build().eval(),
+            "bops <= 100%",
+            net.inputs(),
+            target=replace(preset, ops=(), rules=()),
         )
         result = prepared.finalize()
         for form in preset.formats:
@@ -260,12 +281,23 @@ def tried(name: str, preset: Preset, folder: Path) -> str:
 @click.command()
 @click.argument("preset", type=click.Choice([n for n in PRESETS if n != "none"]))
 @click.option("--op", "names", multiple=True, type=click.Choice(list(OPS)))
-def main(preset: str, names: tuple[str, ...]) -> None:
+@click.option("--branches", default=1, show_default=True, help="Ops that share a net: faster.")
+def main(preset: str, names: tuple[str, ...], branches: int) -> None:
     """Try ops, all by default."""
     warnings.simplefilter("ignore")
-    for name in names or OPS:
+    chosen = list(names or OPS)
+    alone = [[name] for name in chosen if branches == 1 or OPS[name].function is None]
+    shared = [name for name in chosen if [name] not in alone]
+    for group in (*batched(shared, branches), *alone):
+        net = OPS[group[0]] if len(group) == 1 else together(group)
         with tempfile.TemporaryDirectory() as folder:
-            click.echo(f"{name:30} {tried(name, PRESETS[preset], Path(folder))}")
+            found = tried(net, PRESETS[preset], Path(folder))
+        click.echo(f"{', '.join(group):30} {found}")
+
+
+def batched(names: Sequence[str], count: int) -> list[Sequence[str]]:
+    """Groups of at most `count`."""
+    return [names[i : i + count] for i in range(0, len(names), count)]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from cgmq_fx.cost_models.errors import OptionError, UnknownTargetError, Unsuppor
 from cgmq_fx.passes.infra import place
 from cgmq_fx.passes.scheme import Granularity, Scheme
 from cgmq_fx.passes.state import is_float
+from cgmq_fx.runtime_ops import HLS4ML, HLS4ML_RULES, XNNPACK_RULES, Rule
 
 _CONTAINER = tuple(range(2, 9))
 """Bit-widths of codes that a runtime with 8-bit tensors holds."""
@@ -39,6 +40,7 @@ class Preset:
         widths: The bit-widths that tensors may have; empty for any.
         weights: The granularities that gates of weights may have.
         ops: Names of the ATen ops that it executes exactly; empty for any.
+        rules: For some of them, what says why a node cannot be executed after all.
         channels_last: Whether what is deployed takes images with their channels last.
     """
 
@@ -49,6 +51,7 @@ class Preset:
     widths: tuple[int, ...] = _CONTAINER
     weights: tuple[Granularity, ...] = ("tensor", "channel", "element")
     ops: tuple[str, ...] = ()
+    rules: tuple[tuple[str, Rule], ...] = ()
     channels_last: bool = False
 
     def apply(self, given: Scheme | None) -> Scheme:
@@ -75,17 +78,23 @@ class Preset:
             module: The captured and normalised float graph.
 
         Raises:
-            UnsupportedModelError: Naming the ops that it does not have, and where they are.
+            UnsupportedModelError: Naming the nodes that it does not execute, and where they are.
         """
+        rules = dict(self.rules)
         foreign: dict[str, str] = {}
-        for node in module.graph.nodes if self.ops else ():
+        for node in module.graph.nodes if self.ops or rules else ():
             name = getattr(node.target, "_opname", "") if node.op == "call_function" else ""
-            if name and is_float(node) and name not in self.ops:
-                foreign.setdefault(name, f"{name} ({place(node)})" if place(node) else name)
+            if not name or not is_float(node):
+                continue
+            foreign_op = bool(self.ops) and name not in self.ops
+            reason = rules[name](node) if name in rules and not foreign_op else None
+            if foreign_op or reason:
+                said = f"{name} {reason}" if reason else name
+                foreign.setdefault(said, f"{said} ({place(node) or node.name})")
         if foreign:
             raise UnsupportedModelError(
-                f"the target {self.name} cannot execute {'; '.join(foreign.values())}; it takes "
-                f"{', '.join(self.ops)}"
+                f"the target {self.name} cannot execute {'; '.join(foreign.values())}"
+                + (f"; it takes {', '.join(self.ops)}" if self.ops else "")
             )
 
     def _check(self, scheme: Scheme) -> None:
@@ -122,12 +131,6 @@ def _nest(widths: Sequence[int]) -> bool:
 _INTEGER = Scheme(bit_widths=(2, 4, 8), output_bits=8)
 _SHIFTS = replace(_INTEGER, weight_ranges="tensor", power_of_two=True)
 
-_HLS_OPS = (
-    *("conv1d", "conv2d", "linear", "relu", "max_pool2d", "add", "cat", "dropout"),
-    *("flatten", "view", "reshape", "alias", "detach", "clone", "contiguous"),
-)
-"""Ops that hls4ml converts, and whose C++ was seen to be exact."""
-
 NONE = Preset("none", "No runtime in mind: everything may be used.", (), _DEFAULTS, ())
 
 PRESETS = {
@@ -145,7 +148,8 @@ PRESETS = {
             ("qonnx",),
             _SHIFTS,
             weights=("tensor",),
-            ops=_HLS_OPS,
+            ops=HLS4ML,
+            rules=HLS4ML_RULES,
             channels_last=True,
         ),
         Preset(
@@ -153,6 +157,7 @@ PRESETS = {
             "ExecuTorch with XNNPACK, on Arm and x86 processors: 8-bit tensors.",
             ("executorch",),
             _INTEGER,
+            rules=XNNPACK_RULES,
         ),
         Preset(
             "litert",

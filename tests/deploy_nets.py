@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from benchmarks.lenet5 import LeNet5
 from benchmarks.resnet20 import ResNet20
 from cgmq_fx import PRESETS, Result, Scheme, prepare
-from cgmq_fx.exporters import Exported
+from cgmq_fx.exporters import Exported, exporters
+from cgmq_fx.exporters.agreement import compare
 from cgmq_fx.exporters.certificate import verify_file
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.insert import QUANTIZERS
+from cgmq_fx.passes.lower import lower
 from cgmq_fx.passes.quantizer import Quantizer
 
 _CLIPPED = 0.7
@@ -119,3 +121,11 @@ def assert_counted(exported: Exported, result: Result) -> None:
     assert exported.certificate.from_file
     again = verify_file(exported.path, result.budget)
     assert [s.value for s in again.states] == [s.value for s in result.cost.states]
+
+
+def assert_runs(exported: Exported, result: Result, inputs: ExampleInputs) -> None:
+    """In its runtime a file gives what the lowered graph gives, to a step."""
+    found = exporters()[exported.format].run(exported.path, [inputs])
+    agreement = compare(lower(result.model, result.inputs), found, [inputs])
+    assert agreement.largest <= 1.01
+    assert agreement.argmax == 1.0

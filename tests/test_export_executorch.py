@@ -7,10 +7,7 @@ from pathlib import Path
 import pytest
 
 from cgmq_fx import UnsupportedModelError
-from cgmq_fx.exporters import exporters
-from cgmq_fx.exporters.agreement import compare
-from cgmq_fx.passes.lower import lower
-from tests.deploy_nets import assert_counted, deployed, inputs_of
+from tests.deploy_nets import assert_counted, assert_runs, deployed, inputs_of
 
 pytest.importorskip(
     "executorch", reason="ExecuTorch is not installed: .pte files are neither written nor run"
@@ -39,11 +36,7 @@ def test_xnnpack_computes_it(name: str, scheme: str, delegates: int | None, tmp_
     if delegates is not None:
         assert len(plan.delegates) == delegates
         assert plan.operators == []  # nothing is left outside
-    inputs = [inputs_of(name, 3)]
-    found = exporters()["executorch"].run(path, inputs)
-    agreement = compare(lower(result.model, result.inputs), found, inputs)
-    assert agreement.largest <= 1.01
-    assert agreement.argmax == 1.0
+    assert_runs(exported, result, inputs_of(name, 3))
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

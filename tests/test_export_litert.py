@@ -9,10 +9,7 @@ import pytest
 import torch
 
 from cgmq_fx import ExportError, prepare
-from cgmq_fx.exporters import exporters
-from cgmq_fx.exporters.agreement import compare
-from cgmq_fx.passes.lower import lower
-from tests.deploy_nets import SCHEMES, assert_counted, deployed, inputs_of
+from tests.deploy_nets import SCHEMES, assert_counted, assert_runs, deployed, inputs_of
 from tests.nets import NETS
 
 pytest.importorskip(
@@ -48,11 +45,7 @@ def test_litert_computes_it_in_integers(name: str, scheme: str, tmp_path: Path) 
     interpreter = Interpreter(str(path))
     interpreter.allocate_tensors()
     assert {d["dtype"].__name__ for d in interpreter.get_tensor_details()} <= {"int8", "int32"}
-    inputs = [inputs_of(name, 3)]
-    found = exporters()["litert"].run(path, inputs)
-    agreement = compare(lower(result.model, result.inputs), found, inputs)
-    assert agreement.largest <= 1.01
-    assert agreement.argmax == 1.0
+    assert_runs(exported, result, inputs_of(name, 3))
 
 
 def test_images_enter_with_channels_last(tmp_path: Path) -> None:

@@ -12,11 +12,15 @@ from click.testing import CliRunner
 from torch import nn
 
 import cgmq_fx
+from benchmarks.export_ops import OPS
 from cgmq_fx import PRESETS, OptionError, Preset, Scheme, TargetError, UnsupportedModelError
 from cgmq_fx.cli import main
 from cgmq_fx.cost_models import load_target, target_names
 from cgmq_fx.exporters import exporters
+from cgmq_fx.passes.inputs import ExampleInputs
+from cgmq_fx.prepared import float_graph
 from cgmq_fx.presets import NONE, deployment
+from tests.deploy_nets import float_net, inputs_of
 from tests.nets import quantizers, small_classifier
 
 RUNTIMES = [name for name in PRESETS if name != "none"]
@@ -102,6 +106,35 @@ def test_an_fpga_refuses_what_hls4ml_does_not_have_before_training() -> None:
         with pytest.raises(UnsupportedModelError, match=message):
             function(model, "bops <= 5%", torch.rand(2, 1, 8, 8), target="fpga")
     cgmq_fx.prepare(model, "bops <= 5%", torch.rand(2, 1, 8, 8), target="litert")
+
+
+FOREIGN = [
+    ("fpga", "linear on rows", r"linear on 3 dimensions \("),
+    ("fpga", "max_pool1d", "max_pool1d"),
+    ("xnnpack", "softmax", r"softmax of images \("),
+    ("xnnpack", "conv3d", r"conv3d at all \("),
+]
+
+
+@pytest.mark.parametrize(("name", "op", "message"), FOREIGN)
+def test_what_an_exporter_does_not_take_is_refused_before_training(
+    name: str, op: str, message: str
+) -> None:
+    net = OPS[op]
+    with pytest.raises(UnsupportedModelError, match=f"target {name} cannot execute .*{message}"):
+        graph_of(net.build(), net.inputs(), name)
+
+
+def graph_of(model: nn.Module, inputs: torch.Tensor, name: str) -> None:
+    """Check the float graph of a model."""
+    captured = float_graph(model.eval(), ExampleInputs((inputs,)))
+    PRESETS[name].check_ops(captured.module)
+
+
+@pytest.mark.parametrize("name", ["xnnpack", "litert"])
+@pytest.mark.parametrize("net", ["mlp", "separable", "transformer"])
+def test_what_was_seen_to_export_is_taken(net: str, name: str) -> None:
+    graph_of(float_net(net), inputs_of(net, 2).args[0], name)
 
 
 MINE = Preset("mine", "My chip.", (), Scheme((4, 8)), widths=(4, 8))

@@ -29,7 +29,7 @@ from cgmq_fx.exporters.cost_graph import (
     weight_bits,
 )
 from cgmq_fx.exporters.float_codes import float_codes
-from cgmq_fx.passes.oplists import JOINS, VIEWS
+from cgmq_fx.passes.oplists import GRID_PRESERVING, JOINS, VIEWS
 from cgmq_fx.passes.optable import preserves_grid
 
 _ATEN = torch.ops.aten
@@ -152,7 +152,8 @@ class ByteGraph:
             ArtifactError: If the shapes do not fit.
         """
         joined, first = target in JOINS, operands[0]
-        viewed = first if target in VIEWS and isinstance(first, Value) else None
+        kept = isinstance(first, Value) and (target in VIEWS or self._waits(target, first))
+        viewed = first if kept and isinstance(first, Value) else None
         nodes = [viewed.node] if viewed else [self.node(operand) for operand in operands]
         made = _result(target, rule, [node.meta["val"] for node in nodes])
         args = (nodes,) if joined else tuple(nodes)
@@ -167,6 +168,15 @@ class ByteGraph:
             ends = min(g.low for g in known), max(g.high for g in known)
             return Value(node, Grid(grids[0].step, *ends))
         return Value(node)
+
+    def _waits(self, target: Any, value: Value) -> bool:
+        """Whether an op that keeps grids stands between a rounding and its clamp."""
+        if target not in GRID_PRESERVING or value.grid is None or value.rounded:
+            return False
+        ends = np.array(value.grid.low), np.array(value.grid.high)
+        return all(
+            _bits_or_none(activation_bits, *ends, layout) == math.inf for layout in self._layouts
+        )
 
     def convolution(
         self,
@@ -296,6 +306,9 @@ class ByteGraph:
         low, high, step = np.array(grid.low), np.array(grid.high), np.array(grid.step)
         plain = [layout for layout in self._layouts if not layout.gates] or [Layout()]
         layout = min(plain, key=lambda own: _bits_or_none(activation_bits, low, high, own))
+        if _bits_or_none(activation_bits, low, high, layout) == math.inf:
+            span = grid.high - grid.low  # not limited: all codes of its container
+            low, high, layout = np.array(0), np.array(span), Layout((span.bit_length(),))
         return self.graph.activation(value.node, low, high, step, layout)
 
     def _weight(self, constant: Constant) -> Node:

@@ -194,9 +194,8 @@ class _Plan:
     def _delegated(self, delegate: Table, places: list[int]) -> None:
         payload = self._program.payload(delegate)
         reader = XnnpackReader(payload, self._builder, self._program.named)
-        known = [self._values[place] for place in places if place in self._values]
-        outputs = reader.read(known)
-        targets = [place for place in places if place not in self._values]
+        given, targets = places[: reader.inputs], places[reader.inputs :]
+        outputs = reader.read([self._operand(place) for place in given])
         if len(outputs) != len(targets):
             raise ArtifactError("XNNPACK gives another number of tensors than are taken")
         self._values.update(zip(targets, outputs, strict=True))

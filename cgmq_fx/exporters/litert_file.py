@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -81,7 +83,7 @@ class LiteRT(Exporter):
         module = run_passes(module, [TakeChannelsLast(), PropagateShapes(sample)])
         module = contained(module, float_weights=True)
         try:
-            with quiet(), torch.no_grad():
+            with quiet(), redirect_stdout(StringIO()), torch.no_grad():  # it prints its progress
                 _convert(module, sample, path)
                 _add_manifest(path, source.manifest)
         except Exception as error:

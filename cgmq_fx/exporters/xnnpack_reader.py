@@ -75,14 +75,18 @@ class XnnpackReader:
         Returns:
             The outputs, in the order of theirs.
         """
-        inputs = self._external(4)
-        if len(inputs) != len(given):
+        if len(given) != self.inputs:
             raise ArtifactError("XNNPACK is given another number of tensors than it takes")
-        for number, operand in zip(inputs, given, strict=True):
+        for number, operand in zip(self._external(4), given, strict=True):
             self._made[number] = self._rounded(number, operand)
         for node in self._root.tables(1):
             self._node(node)
         return [self.operand(number) for number in self._external(5)]
+
+    @property
+    def inputs(self) -> int:
+        """How many tensors it takes."""
+        return len(self._external(4))
 
     def _external(self, field: int) -> list[int]:
         """Inputs or outputs, by their external numbers."""

@@ -1,0 +1,73 @@
+"""What runtimes execute, and what they do not: ATen ops by name, as they were tried.
+
+`python -m benchmarks.export_ops` says for every op what happens to it. What is refused here is
+refused before a model is trained. That a runtime computes some ops in float, and only rounds what
+comes out, is no reason to refuse them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from torch.fx import Node
+
+from cgmq_fx.passes.optable import compute_op
+from cgmq_fx.passes.state import shape_of
+
+_IMAGE = 4
+_GIVES_IMAGES = frozenset(
+    {"conv2d", "conv_transpose2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"}
+)
+
+Rule: TypeAlias = Callable[[Node], str | None]
+"""Why a node cannot be executed although its op can, or None."""
+
+_SHAPES = (
+    *("alias", "clone", "contiguous", "detach", "expand", "flatten", "permute", "reshape"),
+    *("squeeze", "transpose", "unflatten", "unsqueeze", "view"),
+)
+"""Ops that only give a tensor another shape."""
+
+
+def _of_rank(*ranks: int) -> Rule:
+    """Only tensors of some number of dimensions."""
+
+    def rule(node: Node) -> str | None:
+        rank = len(shape_of(node) or ())
+        return None if rank in ranks else f"on {rank} dimensions"
+
+    return rule
+
+
+def _not_of_images(node: Node) -> str | None:
+    """Not over an axis of images: they have their channels last, and another axis is taken."""
+    source: Any = node
+    while isinstance(source, Node) and len(shape_of(source) or ()) == _IMAGE:
+        name = getattr(source.target, "_opname", "")
+        if name in _GIVES_IMAGES:
+            return "of images"
+        if name in _SHAPES or compute_op(source) is not None:
+            return None
+        source = source.args[0] if source.args else None
+    return None
+
+
+def _never(node: Node) -> str:
+    return "at all"
+
+
+HLS4ML = (
+    *("conv1d", "conv2d", "linear", "relu", "max_pool2d", "add", "cat", "dropout"),
+    *("flatten", "view", "reshape", "alias", "detach", "clone", "contiguous"),
+)
+"""What hls4ml converts to C++ that was seen to be exact."""
+
+HLS4ML_RULES: tuple[tuple[str, Rule], ...] = (("linear", _of_rank(2)),)
+
+XNNPACK_RULES: tuple[tuple[str, Rule], ...] = (
+    ("softmax", _not_of_images),
+    ("conv3d", _never),
+    ("adaptive_max_pool2d", _never),
+)
+"""What ExecuTorch does not translate, or computes along another axis."""
