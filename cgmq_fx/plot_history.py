@@ -35,6 +35,7 @@ def history_figure(result: Result) -> Figure:
     if history.epochs:
         _metrics(axes[1], result, len(history.steps))
     axes[-1].set_xlabel("step")
+    axes[-1].locator_params(axis="x", integer=True)
     return figure
 
 
@@ -57,6 +58,7 @@ def gates_figure(result: Result) -> Figure:
             axis.plot(steps, gates, linewidth=1.2, label=name, **plain)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step")
+        axis.locator_params(axis="x", integer=True)
         if few and own:
             axis.legend(
                 frameon=False, fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.18)

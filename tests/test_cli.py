@@ -52,7 +52,7 @@ def test_targets_are_listed_with_their_source() -> None:
             "the target fpga cannot execute weights='channel'",
         ),
         ((*LENET, "--budget", "bops <= 9%", "--bit-widths", "4,8"), 0, "1.562%"),
-        ((*LENET, "--budget", "latency <= 9 s"), 2, "pass target="),
+        ((*LENET, "--budget", "latency <= 9 s"), 2, "pass --target"),
         ((*LENET, "--budget", "bops 3"), 2, "cannot read 'bops 3'"),
         ((*LENET, "--budget", "bops <= 1%", "--target", "z80"), 2, "there is no target 'z80'"),
         ((*LENET, "--budget", "bops <= 1%", "--bit-widths", "a"), 2, "must be whole numbers"),

@@ -205,6 +205,10 @@ def test_from_a_model_to_a_file_that_verifies(terminal: Terminal) -> None:
             "with every gate at its smallest",
         ),
         (("quantize", "mynet:make", *BUDGET, "--loss", "mynet:diverging"), 3, "loss became nan"),
+        (("cost", "mynet:make"), 2, "are not known; pass --input or --data"),
+        (("sweep", "mynet:make", "--budget", "bops 3"), 2, "cannot read 'bops 3'"),
+        (("show", "mynet.py"), 2, "cannot be read as a safetensors file"),
+        (("verify", "gone.onnx"), 1, "gone.onnx cannot be read"),
     ],
 )
 def test_errors_are_one_short_paragraph(

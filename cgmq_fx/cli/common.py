@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -24,6 +25,14 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 
 _MOST = 900
+_OPTIONS = (
+    (r"example_inputs= \(a tensor, [^)]*\) or train_data", "--input or --data"),
+    (r"\bexample_inputs=(?!\w)", "--input"),
+    (r"\b(target|format|loss)=(?!\w|')", r"--\1"),
+    (r"\bjobs=(?=\d)", "--jobs "),
+)
+"""What errors of the library call arguments, and what they are called here."""
+
 _P = ParamSpec("_P")
 
 
@@ -46,7 +55,7 @@ def reported(command: Callable[_P, None], status: int | None = None) -> Callable
             raise SystemExit(INTERRUPTED) from None
         except CgmqError as error:
             text = error.args[0] if error.args else error  # without the hint on `result`
-            click.echo(_paragraph(f"error: {text}"), err=True)
+            click.echo(_paragraph(f"error: {_with_options(str(text))}"), err=True)
             raise SystemExit(_status(error) if status is None else status) from None
         except KeyboardInterrupt:
             click.echo("stopped", err=True)
@@ -61,6 +70,12 @@ def _status(error: Exception) -> int:
     if isinstance(error, InfeasibleBudgetError | BoundError):
         return INFEASIBLE
     return FAILED if isinstance(error, TrainingError) else MISUSED
+
+
+def _with_options(text: str) -> str:
+    for argument, option in _OPTIONS:
+        text = re.sub(argument, option, text)
+    return text
 
 
 def _paragraph(text: str) -> str:
