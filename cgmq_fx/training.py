@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import cos, pi
+from math import cos, isfinite, log2, pi
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +18,10 @@ Loss: TypeAlias = Callable[[Any, Any], Tensor]
 Metric: TypeAlias = Callable[[Any, Any], "Tensor | float"]
 OptimizerFactory: TypeAlias = Callable[[list[dict[str, Any]]], Optimizer]
 
+_SHARE = 0.01
+"""Learning rate of a weight as a share of the root mean square of its tensor."""
+
+_LEAST_RATE = 1e-4
 _WEIGHT_RATE = 1e-3
 _RANGE_RATE = 1e-2
 _WARMUP = 0.02
@@ -31,16 +35,32 @@ def default_optimizer(groups: list[dict[str, Any]]) -> Optimizer:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Weights in one group, ranges in another; a rate on log-ranges is a relative one."""
+    """Weights in groups of about equal size, and the ranges in one of their own.
+
+    Adam moves every number by about its learning rate in a step, so the rate is a share of what the
+    weights of a tensor are like (Shazeer and Stern, Adafactor, ICML 2018, section 8): layers with
+    small weights do not lose in a few steps what they had learned. A rate on log-ranges is a
+    relative one as it is.
+    """
     quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
     ranges = [q.log_range for q in quantizers]
     own = {id(p) for p in ranges}
-    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-    groups = [
-        {"params": weights, "lr": _WEIGHT_RATE},
-        {"params": ranges, "lr": _RANGE_RATE, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad and id(parameter) not in own:
+            by_rate.setdefault(_rate(parameter), []).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": p, "lr": r} for r, p in sorted(by_rate.items())]
+    if ranges:
+        groups.append({"params": ranges, "lr": _RANGE_RATE, "weight_decay": 0.0})
+    return groups
+
+
+@torch.no_grad()
+def _rate(weight: Tensor) -> float:
+    """The learning rate of a tensor; few different ones, so that there are few groups."""
+    size = float(weight.float().square().mean().sqrt()) if weight.numel() else 0.0
+    rate = _SHARE * 2.0 ** round(log2(size)) if isfinite(size) and size > 0 else 0.0
+    return min(max(rate, _LEAST_RATE), _WEIGHT_RATE)
 
 
 def search_steps(total: int) -> int:

@@ -13,9 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from math import log2
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -36,7 +34,6 @@ console = Console()
 
 _FILE = "ablations.jsonl"
 _DECAY = 0.98
-_SMALLEST = 0.01
 
 
 def _labels(images: Tensor, labels: Tensor) -> object:
@@ -112,20 +109,6 @@ def _sgd(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
     return torch.optim.SGD(rates, momentum=0.9)
 
 
-def _relative(share: float) -> Callable[[nn.Module], list[dict[str, Any]]]:
-    """Learning rates in proportion to the root mean square of each weight."""
-
-    def groups(model: nn.Module) -> list[dict[str, Any]]:
-        weights, *others = training.parameter_groups(model)
-        by_rate: dict[float, list[Tensor]] = {}
-        for tensor in weights["params"]:
-            size = max(_SMALLEST, float(tensor.detach().square().mean().sqrt()))
-            by_rate.setdefault(share * 2.0 ** round(log2(size)), []).append(tensor)
-        return [*({"params": p, "lr": rate} for rate, p in sorted(by_rate.items())), *others]
-
-    return groups
-
-
 @contextmanager
 def _patched(*patches: tuple[object, str, object]) -> Iterator[None]:
     with ExitStack() as stack:
@@ -146,10 +129,17 @@ PATCHES: dict[str, tuple[tuple[object, str, object], ...]] = {
     "sensitivities of the last step only": ((controller, "_MEMORY", 0.0),),
     "search of a fifth of the time": ((training, "_SEARCH_SHARE", 0.2),),
     "search of two thirds of the time": ((training, "_SEARCH_SHARE", 0.67),),
-    "a third of the learning rate": ((training, "_WEIGHT_RATE", 3e-4),),
-    "three times the learning rate": ((training, "_WEIGHT_RATE", 3e-3),),
-    "rates of 1 % of the weights": ((run, "parameter_groups", _relative(0.01)),),
-    "rates of 0.3 % of the weights": ((run, "parameter_groups", _relative(0.003)),),
+    "one learning rate for all weights": ((training, "_LEAST_RATE", 1e-3),),
+    "a third of the learning rates": (
+        (training, "_SHARE", 3e-3),
+        (training, "_LEAST_RATE", 3e-5),
+        (training, "_WEIGHT_RATE", 3e-4),
+    ),
+    "three times the learning rates": (
+        (training, "_SHARE", 3e-2),
+        (training, "_LEAST_RATE", 3e-4),
+        (training, "_WEIGHT_RATE", 3e-3),
+    ),
     "a tenth of the ranges' rate": ((training, "_RANGE_RATE", 1e-3),),
     "weights averaged": (),
     "float network teaches as well": (),
