@@ -144,6 +144,17 @@ CASES = {
             net="lenet5",
         ),
         Case(
+            "lenet5-channels",
+            lambda _: LeNet5(),
+            tuple(f"bops <= {p}%" for p in ("0.40", "0.90", "2.00")),
+            (),
+            float_epochs=8,
+            rate=3e-3,
+            epochs=10,
+            scheme=cgmq_fx.Scheme(weights="channel", activations="channel"),
+            net="lenet5",
+        ),
+        Case(
             "resnet20",
             _resnet20,
             (
