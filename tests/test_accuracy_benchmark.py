@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import cases, methods
 from benchmarks.accuracy.cases import CASES, Case, Files
 from benchmarks.accuracy.fixed import knapsack, random_assignment, widest_uniform
+from benchmarks.accuracy.penalty import Penalised
 from benchmarks.accuracy.summary import cells, plot, read, table
 from benchmarks.accuracy.vgg7 import VGG7
 from benchmarks.mnist import Batches, Mnist
@@ -47,13 +49,26 @@ def test_every_method_gives_a_row(method: str, case: Case, tmp_path: Path) -> No
     assert not list(tmp_path.glob("run-*"))
 
 
-def test_a_large_penalty_ends_with_few_bits(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cases, "_BATCH", 2)
-    jobs = [methods.Job(case, "penalty", f"penalty:{w}", 0, 16) for w in ("0", "1e4")]
-    free, tight = (methods.run(job, Files(tmp_path), lambda _: None) for job in jobs)
-    assert tight.costs[0] < free.costs[0]
+def test_a_penalty_takes_bits_and_hardens_to_allowed_ones() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    prepared = cgmq_fx.prepare(net, "bops <= 100%", torch.rand(4, 6))
+    penalised = Penalised(prepared, 100.0)
+    optimizer = torch.optim.Adam(penalised.groups(), lr=0.01)
+    costs = []
+    for _ in range(120):
+        cost = penalised.penalty()
+        optimizer.zero_grad()
+        (cost + 0 * prepared.model(torch.rand(2, 6)).sum()).backward()
+        optimizer.step()
+        costs.append(float(cost.detach()) / 100)
+    assert costs[0] == pytest.approx(8 * 8 / 32**2)  # starts at 8 bits everywhere
+    assert all(after < before for before, after in pairwise(costs))
+    penalised.harden()
+    result = prepared.finalize()
+    bits = {int(b) for own in result.cost.assignment.values() for b in own}
+    assert bits == {4}  # 1.2 levels below 8 bits
+    assert result.cost.states[0].value / result.cost.states[0].reference == 4 * 4 / 32**2
 
 
 def test_the_command_runs_only_what_is_missing(
