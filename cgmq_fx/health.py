@@ -96,15 +96,16 @@ def _axis(node: Node, quantizer: Quantizer) -> int | None:
 def dead_layers(module: GraphModule, epochs: Sequence[EpochRecord]) -> list[str]:
     """What has been silent as a whole since some epoch, to its end, in words."""
     found = []
+    nodes = {str(n.target).rpartition(".")[2]: n for n in module.graph.nodes}
     for name, (count, of) in (epochs[-1].silent if epochs else {}).items():
-        if count < of:
+        if count < of or name not in nodes:  # gone: it passes everything through in the end
             continue
         since = epochs[-1].epoch
         for record in reversed(epochs):
             if record.silent.get(name) != (count, of):
                 break
             since = record.epoch
-        node = next(n for n in module.graph.nodes if str(n.target).rpartition(".")[2] == name)
+        node = nodes[name]
         where = place(node.all_input_nodes[0]) or place(next(iter(node.users), node))
         found.append(
             f"every value of {name}{f' ({where})' if where else ''} has rounded to zero since "
