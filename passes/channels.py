@@ -74,7 +74,8 @@ def _channels(module: GraphModule, node: Node, op: ComputeOp) -> Channels | None
         return None
     name, quantizer = weight
     shape = quantizer.spec.gate_shape
-    if not shape or shape[axis] == 1 or quantizer.spec.bit_widths[0] != 0:
+    size = (shape_of(argument(node, op.weight)) or ())[axis : axis + 1]
+    if not shape or shape[axis : axis + 1] != size or quantizer.spec.bit_widths[0] != 0:
         return None
     if not (_used_once(argument(node, op.weight)) and _bias_follows(module, node, op)):
         return None
