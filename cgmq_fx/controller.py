@@ -24,7 +24,7 @@ from cgmq_fx.cost_models import (
     ConstraintState,
     GraphFacts,
     Ledger,
-    kept_channels,
+    idle_gates,
     lowest_bits,
     relevance,
 )
@@ -218,18 +218,15 @@ class Controller:
         self._end()
 
     def _without_pruned(self, levels: Levels) -> Levels:
-        """The levels with the gates of channels that are pruned at their lowest.
+        """The levels with the gates that meet only pruned channels at their lowest.
 
-        They cost nothing and carry nothing, but would set the grid of the biases behind them.
+        They carry nothing, but would set the grid of the biases behind them.
         """
         levels = levels.copy()
-        bits = self.layout.assignment(levels)
-        for _, facts, part in self.layout:
-            for node in self.ledger.graph.readers[facts.name] if facts.gates > 1 else ():
-                for operand in self.ledger.graph.nodes[node].operands:
-                    kept = kept_channels(operand, bits)
-                    if operand.quantizer == facts.name and kept.size == facts.gates:
-                        levels[part] *= kept
+        parts = {facts.name: part for _, facts, part in self.layout}
+        for node in self.ledger.graph.nodes:
+            for name, idle in idle_gates(node, self.layout.assignment(levels)):
+                levels[parts[name]][idle] = 0
         return levels
 
     def _end(self) -> None:

@@ -9,7 +9,7 @@ from cgmq_fx.cost_models.bits import (
     GraphBits,
     NodeBits,
     graph_bits,
-    kept_channels,
+    idle_gates,
     node_bits,
 )
 from cgmq_fx.cost_models.builtin import BOPs, MACs, WeightMemory
@@ -68,7 +68,7 @@ __all__ = [
     "cost_model",
     "graph_bits",
     "highest_bits",
-    "kept_channels",
+    "idle_gates",
     "load_target",
     "lowest_bits",
     "node_bits",

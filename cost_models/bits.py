@@ -6,7 +6,7 @@ granularity it multiplies a mixture, and a cost is the mean over the elements th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias, overload
@@ -19,6 +19,7 @@ from cgmq_fx.cost_models.facts import (
     GraphFacts,
     NodeFacts,
     Operand,
+    Pruning,
     Stored,
     TensorFacts,
 )
@@ -26,6 +27,8 @@ from cgmq_fx.cost_models.facts import (
 BitArray: TypeAlias = npt.NDArray[np.int64]
 Assignment: TypeAlias = Mapping[str, BitArray]
 """The bits of every quantizer: name -> flat array with one entry per gate."""
+
+Flags: TypeAlias = npt.NDArray[np.bool_]
 
 _RADIX = 64
 _FEW = 128
@@ -111,46 +114,102 @@ def node_bits(node: NodeFacts, assignment: Assignment) -> NodeBits:
     stored = sum(_stored(s, node, assignment) for s in node.stored)
     if not node.operands:
         return NodeBits((), stored)
-    first, second = node.operands
-    return NodeBits(_pairs(_gates(first, assignment), _gates(second, assignment)), stored)
+    return NodeBits(_pairs(*_factors(node.operands, assignment)), stored)
+
+
+def _factors(operands: Sequence[Operand], assignment: Assignment) -> list[BitArray]:
+    """The gates of both operands, shaped to meet each other; 0 where channels are pruned."""
+    gates = [_gates(operand, assignment) for operand in operands]
+    for index, operand in enumerate(operands):
+        if operand.pruning is not None:
+            kept = _kept_where_they_meet(operand, assignment)
+            if _is_pruned_whole(operand.pruning, assignment):
+                gates = [_least(own, kept) for own in gates]
+            gates[index] = gates[index] * kept
+    return gates
 
 
 def _gates(operand: Operand, assignment: Assignment) -> BitArray:
     gates = _FLOAT if operand.quantizer is None else assignment[operand.quantizer]
-    if operand.pruning is not None:
-        gates = gates * kept_channels(operand, assignment)
     return gates if gates.size == 1 else gates.reshape(operand.meets)
 
 
-def kept_channels(pruned: Operand | Stored, assignment: Assignment) -> BitArray:
+def _kept_where_they_meet(operand: Operand, assignment: Assignment) -> BitArray:
+    kept = _kept_channels(operand, assignment)
+    return kept if kept.size == 1 else kept.reshape(operand.meets)
+
+
+def _is_pruned_whole(pruning: Pruning, assignment: Assignment) -> bool:
+    return not assignment[pruning.quantizer].any()
+
+
+def _least(gates: BitArray, kept: BitArray) -> BitArray:
+    """The fewest bits over the channels of `kept`, for each of them.
+
+    A layer that is pruned as a whole keeps a channel, which carries nothing: it counts with the
+    fewest bits that any channel has, so that one that opens never makes its readers cheaper.
+    """
+    shared = range(-min(gates.ndim, kept.ndim), 0)
+    axes = tuple(axis for axis in shared if gates.shape[axis] == kept.shape[axis] > 1)
+    return np.broadcast_to(gates.min(axis=axes, keepdims=True), gates.shape) if axes else gates
+
+
+def _kept_channels(pruned: Operand | Stored, assignment: Assignment) -> BitArray:
     """1 for every channel of an operand, or of what is stored, that is not pruned, 0 for others.
 
-    One number for all where there is one gate, or no pruning.
+    One number for all where there is one gate, or no pruning. A layer that is pruned as a whole
+    keeps its first channel: no graph has a layer without any.
     """
     pruning = pruned.pruning
     if pruning is None:
         return _ALL
     gates = assignment[pruning.quantizer]
-    if gates.size > 1:
-        gates = gates.reshape(pruning.gates).max(axis=(0, 2))
-    return np.minimum(gates, 1)
+    if gates.all():
+        return _ALL
+    gates = np.broadcast_to(gates.reshape(pruning.gates if gates.size > 1 else 1), pruning.gates)
+    kept: BitArray = np.minimum(gates.max(axis=(0, 2)), 1)
+    if not kept.any():
+        kept[0] = 1
+    return kept
+
+
+def idle_gates(
+    node: NodeFacts, assignment: Assignment
+) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
+    """The gates that meet nothing but pruned channels, as quantizers with a flag per gate."""
+    for operand in node.operands:
+        if operand.pruning is None:
+            continue
+        kept = _kept_where_they_meet(operand, assignment)
+        if _is_pruned_whole(operand.pruning, assignment):
+            kept = np.zeros_like(kept)
+        for own in node.operands:
+            gates = _gates(own, assignment)
+            if own.quantizer is not None and gates.size > 1 and _share_channels(gates, kept):
+                yield own.quantizer, np.broadcast_to(kept == 0, gates.shape).reshape(-1)
+
+
+def _share_channels(gates: BitArray, kept: BitArray) -> bool:
+    """Whether there is a gate for each channel."""
+    return np.broadcast_shapes(gates.shape, kept.shape) == gates.shape
 
 
 def _stored(stored: Stored, node: NodeFacts, assignment: Assignment) -> int:
     """Bits of a stored tensor: every gate stands for an equal number of elements."""
-    if stored.quantizer is not None:
-        pruned = [o for o in node.operands if o.pruning is not None]
-        gates = assignment[stored.quantizer]
-        if pruned and gates.size == 1:
-            gates = gates * kept_channels(pruned[0], assignment)
-        elif pruned:
-            own = next(o for o in node.operands if o.quantizer == stored.quantizer)
-            kept = kept_channels(pruned[0], assignment).reshape(pruned[0].meets)
-            gates = gates.reshape(own.meets) * kept
-    elif stored.pruning is not None:
-        gates = np.multiply(kept_channels(stored, assignment), stored.bits)
-    else:
+    if stored.quantizer is None and stored.pruning is None:
         return stored.elements * stored.bits
+    if stored.quantizer is None:
+        gates = _kept_channels(stored, assignment) * stored.bits
+    else:
+        gates = assignment[stored.quantizer]
+        for operand in node.operands:
+            if operand.pruning is not None:
+                own = next(o for o in node.operands if o.quantizer == stored.quantizer)
+                kept = _kept_where_they_meet(operand, assignment)
+                gates = _gates(own, assignment)
+                if _is_pruned_whole(operand.pruning, assignment):
+                    gates = _least(gates, kept)
+                gates = gates * kept
     if gates.size == 1:
         return stored.elements * gates.item()
     return stored.elements // gates.size * _sum(gates.ravel())

@@ -164,7 +164,7 @@ def test_a_layer_without_any_channel_left_keeps_one() -> None:
     counted = [state.value for state in net.cost]
     result = net.finalize()
     assert result.model(torch.rand(IMAGES)).shape == (2, 5)
-    assert [state.value for state in result.cost.states] == counted  # what reads it is free, too
+    assert [state.value for state in result.cost.states] == counted
     assert result.cost.facts.nodes[0].output_shape[1] == 1
 
 
