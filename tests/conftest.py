@@ -12,3 +12,9 @@ def _interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def _without_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As wide as where there is no terminal, whatever runs the tests."""
+    monkeypatch.delenv("COLUMNS", raising=False)
