@@ -11,7 +11,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python -m benchmarks.demo --out demo-output
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 adapters: $(VENV)/adapters.stamp
 	$(BIN)/python -m pytest tests/test_integrations.py tests/test_loggers.py tests/test_readme.py

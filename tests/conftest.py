@@ -1,9 +1,13 @@
 """What all tests share."""
 
+import os
 import signal
 from collections.abc import Iterator
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores; PyTorch is not imported yet
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
