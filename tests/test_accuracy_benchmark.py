@@ -41,6 +41,8 @@ def case(monkeypatch: pytest.MonkeyPatch) -> Case:
 
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_gives_a_row(method: str, case: Case, tmp_path: Path) -> None:
+    if method == "brevitas":
+        pytest.importorskip("brevitas")
     bound = "penalty:30" if method == "penalty" else BOUND
     row = methods.run(methods.Job(case, method, bound, 0, 2), Files(tmp_path), lambda _: None)
     assert 0 <= row.accuracy <= 1

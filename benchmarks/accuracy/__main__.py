@@ -10,6 +10,7 @@ where its last checkpoint is. Then writes a table (`CASE.md`) and a plot (`CASE.
 import argparse
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -48,7 +49,8 @@ def arguments() -> argparse.Namespace:
 def jobs(options: argparse.Namespace, case: Case) -> Iterator[Job]:
     """What is to be done, every seed after the other."""
     epochs = options.epochs or case.epochs
-    others = ("uniform", "knapsack", "random", "penalty") if options.baselines else ()
+    peers = ("brevitas",) if find_spec("brevitas") else ()
+    others = ("uniform", "knapsack", "random", "penalty", *peers) if options.baselines else ()
     for seed in options.seeds:
         for method in dict.fromkeys((*options.methods, *others)):
             if method == "penalty":

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -12,12 +12,13 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 import cgmq_fx
+from benchmarks.accuracy.brevitas_network import brevitas_network
 from benchmarks.accuracy.cases import Case, Data, Files
 from benchmarks.accuracy.fixed import knapsack, random_assignment, sensitivities, widest_uniform
 from benchmarks.accuracy.penalty import Penalised
 from benchmarks.lenet5 import accuracy
 from benchmarks.mnist import Batches
-from cgmq_fx.cost_models import parse_budget
+from cgmq_fx.cost_models import Assignment, ConstraintState, Ledger, parse_budget, uniform_bits
 from cgmq_fx.directions import DIRECTIONS, direction_of
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.prepared import Prepared, float_graph
@@ -97,9 +98,8 @@ def run(job: Job, files: Files, say: Callable[[str], None]) -> Row:
     model, before = job.case.float_net(files, say)
     train, test = job.case.train_data(files, job.seed), job.case.test_data(files)
     folder = files.out / f"run-{job.key}"
-    result = METHODS[job.method](job, model, train, test, folder)
+    found = METHODS[job.method](job, model, train, test, folder)
     shutil.rmtree(folder, ignore_errors=True)
-    states = result.cost.states
     return Row(
         job.key,
         job.case.name,
@@ -107,18 +107,39 @@ def run(job: Job, files: Files, say: Callable[[str], None]) -> Row:
         job.bound,
         job.seed,
         job.epochs,
-        result.metrics["accuracy"],
+        found.accuracy,
         before,
-        tuple(s.value / s.reference if s.constraint.bound.relative else s.value for s in states),
-        result.cost.satisfied,
-        {n: float(b.mean()) for n, b in result.cost.assignment.items()},
+        tuple(
+            s.value / s.reference if s.constraint.bound.relative else s.value for s in found.states
+        ),
+        all(state.satisfied for state in found.states),
+        {n: float(b.mean()) for n, b in found.bits.items()},
         time.perf_counter() - start,
     )
 
 
-def _ours(direction: str) -> Callable[..., Result]:
-    def quantized(job: Job, model: nn.Module, train: Batches, test: Data, folder: Path) -> Result:
-        return cgmq_fx.quantize(
+@dataclass(frozen=True)
+class Outcome:
+    """A trained network, as far as it is compared.
+
+    Attributes:
+        accuracy: On the test set.
+        states: What every constraint measures.
+        bits: Of every quantizer.
+    """
+
+    accuracy: float
+    states: Sequence[ConstraintState]
+    bits: Assignment
+
+
+def _outcome(result: Result) -> Outcome:
+    return Outcome(result.metrics["accuracy"], result.cost.states, result.cost.assignment)
+
+
+def _ours(direction: str) -> Callable[..., Outcome]:
+    def quantized(job: Job, model: nn.Module, train: Batches, test: Data, folder: Path) -> Outcome:
+        result = cgmq_fx.quantize(
             model,
             job.bound,
             train,
@@ -131,6 +152,7 @@ def _ours(direction: str) -> Callable[..., Result]:
             checkpoint=folder,
             progress=False,
         )
+        return _outcome(result)
 
     return quantized
 
@@ -145,37 +167,37 @@ def _prepared(
     return prepared
 
 
-def _uniform(job: Job, model: nn.Module, train: Batches, test: Data, folder: Path) -> Result:
+def _uniform(job: Job, model: nn.Module, train: Batches, test: Data, folder: Path) -> Outcome:
     probe = _prepared(job, model, train, job.bound, job.case.scheme)
     bits = widest_uniform(probe.facts, probe.budget)
     prepared = _prepared(job, model, train, job.bound, cgmq_fx.Scheme(bit_widths=(bits,)))
     return _tuned(job, prepared, train, test, folder)
 
 
-def _knapsack(job: Job, model: nn.Module, train: Batches, test: Data, folder: Path) -> Result:
+def _knapsack(job: Job, model: nn.Module, train: Batches, test: Data, folder: Path) -> Outcome:
     prepared = _prepared(job, model, train, job.bound, job.case.scheme)
     rises = sensitivities(prepared, list(islice(train, _SENSITIVITY_BATCHES)))
     prepared.freeze(knapsack(prepared.facts, prepared.budget, rises))
     return _tuned(job, prepared, train, test, folder)
 
 
-def _random(job: Job, model: nn.Module, train: Batches, test: Data, folder: Path) -> Result:
+def _random(job: Job, model: nn.Module, train: Batches, test: Data, folder: Path) -> Outcome:
     prepared = _prepared(job, model, train, job.bound, job.case.scheme)
     prepared.freeze(random_assignment(prepared.facts, prepared.budget, job.seed))
     return _tuned(job, prepared, train, test, folder)
 
 
-def _tuned(job: Job, prepared: Prepared, train: Batches, test: Data, folder: Path) -> Result:
+def _tuned(job: Job, prepared: Prepared, train: Batches, test: Data, folder: Path) -> Outcome:
     """Train with frozen bit-widths, by the driver's own recipe."""
     steps = job.epochs * len(train)
     driver = Run(
         prepared, None, cross_entropy, None, default_optimizer, steps, search_steps(steps), []
     )
     driver.resume(folder, {"job": job.key}, (train, test))
-    return driver.train(train, test, job.epochs)
+    return _outcome(driver.train(train, test, job.epochs))
 
 
-def _penalty(job: Job, model: nn.Module, train: Batches, test: Data, folder: Path) -> Result:
+def _penalty(job: Job, model: nn.Module, train: Batches, test: Data, folder: Path) -> Outcome:
     """The weight stands in the place of a bound, as in "penalty:10"."""
     prepared = _prepared(job, model, train, _FREE, job.case.scheme)
     steps = job.epochs * len(train)
@@ -200,13 +222,33 @@ def _penalty(job: Job, model: nn.Module, train: Batches, test: Data, folder: Pat
             rate = LambdaLR(optimizer, lambda later: factor(search + later))
     result = prepared.finalize()
     result.metrics = {"accuracy": accuracy(result.model, test)}
-    return result
+    return _outcome(result)
 
 
-METHODS: dict[str, Callable[[Job, nn.Module, Batches, Data, Path], Result]] = {
+def _brevitas(job: Job, model: nn.Module, train: Batches, test: Data, folder: Path) -> Outcome:
+    """Its layers at the widest uniform bits, the rest in float; counted as if all had these."""
+    probe = _prepared(job, model, train, job.bound, job.case.scheme)
+    bits = widest_uniform(probe.facts, probe.budget)
+    peer = brevitas_network(model, bits, next(iter(train))[0])
+    steps = job.epochs * len(train)
+    optimizer = default_optimizer(parameter_groups(peer))
+    rate = LambdaLR(optimizer, schedule(search_steps(steps), steps))
+    peer.train()
+    for images, labels in islice(chain.from_iterable(repeat(train)), steps):
+        optimizer.zero_grad()
+        cross_entropy(peer(images), labels).backward()
+        optimizer.step()
+        rate.step()
+    assignment = uniform_bits(probe.facts, bits)
+    ledger = Ledger(probe.facts, probe.budget, assignment)
+    return Outcome(accuracy(peer, test), ledger.states(), assignment)
+
+
+METHODS: dict[str, Callable[[Job, nn.Module, Batches, Data, Path], Outcome]] = {
     **{name: _ours(name) for name in DIRECTIONS},
     "uniform": _uniform,
     "knapsack": _knapsack,
     "random": _random,
     "penalty": _penalty,
+    "brevitas": _brevitas,
 }
