@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional as F
 
+from benchmarks.random_nets import Concat, Residual
 from cgmq_fx import Bound, Budget, Constraint, Prepared, Scheme
 from cgmq_fx.cost_models import GraphFacts, Ledger, cost_model, highest_bits, lowest_bits
 from cgmq_fx.directions import direction_of
@@ -52,25 +53,6 @@ class TwoInputs(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         logits: Tensor = self.left(a).relu() + self.right(b)
         return logits
-
-
-class Residual(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.inner(x)
-        return x + y
-
-
-class Concat(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, self.inner(x)], 1)
 
 
 def random_net(rng: random.Random) -> tuple[nn.Module, Tensor]:
