@@ -5,7 +5,7 @@ add each pair in 16 bits, where large sums saturate (`vpmaddubsw`). onnxruntime 
 activations and INT8 weights: a file with large codes on both sides gives other numbers there than
 on processors that add in 32 bits. With UINT8 weights it widens both factors first, which is always
 exact, at half the speed. So only weights whose products can saturate are written as UINT8, with a
-zero point of 128. Processors with VNNI use the same instruction for both types.
+zero point of 128.
 """
 
 from __future__ import annotations
