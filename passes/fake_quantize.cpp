@@ -3,10 +3,6 @@
 // A plain C interface without headers of PyTorch: it builds in seconds with GCC or Clang, whose
 // vector extensions make the loops fast on any instruction set. `passes/kernel.py` has the
 // definition in PyTorch; `tests/test_native.py` compares the two.
-//
-// Values lie dense in memory. A range or a gate stands for `inner` neighbours and there are `count`
-// of them, over and over: value i belongs to number (i / inner) % count. From both follow a `run`
-// of neighbours that share everything, and the `period` of values after which it all repeats.
 
 #include <algorithm>
 #include <cmath>
@@ -15,157 +11,35 @@
 #include <vector>
 
 #include "fake_quantize.h"
-
-#if defined(_OPENMP)
-extern "C" int omp_get_thread_num();
-#endif
+#include "walk.h"
 
 namespace {
 
-constexpr int64_t kBlock = 2048;      // values summed in their own precision, then in doubles
-constexpr int64_t kRows = 128;        // rows of columns likewise
-constexpr int64_t kShortRun = 64;     // shorter runs are spread out into columns
-constexpr int64_t kPeriod = 512;      // columns are repeated up to this period
-constexpr int64_t kGrain = 32768;     // values for which one more thread pays
-
-struct Shape {
-  int64_t size, range_inner, ranges, gate_inner, gates;
-
-  int64_t range(int64_t i) const { return (i / range_inner) % ranges; }
-  int64_t gate(int64_t i) const { return (i / gate_inner) % gates; }
-};
-
-template <class W>
-struct Inputs {
-  const W* limits;
-  const int32_t* bits;
-  const int32_t* adjacent;  // null: no statistic
-  bool is_signed;
-  Shape shape;
-};
-
-// Runs `body(thread, begin, end)` on stretches of [0, count), each a multiple of `unit` long.
-template <class Body>
-void parallel(int64_t count, int64_t unit, int threads, const Body& body) {
-  const int64_t units = (count + unit - 1) / unit;
-  const int64_t each = (units + threads - 1) / threads * unit;
-#if defined(_OPENMP)
-  if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-    {
-      const int64_t begin = omp_get_thread_num() * each;
-      if (begin < count) body(omp_get_thread_num(), begin, std::min(count, begin + each));
-    }
-    return;
-  }
-#endif
-  for (int t = 0; t * each < count; ++t) body(t, t * each, std::min(count, (t + 1) * each));
-}
-
-// RUNS: long runs that share everything. COLUMNS: short ones, repeated. ELEMENTS: no repetition.
-enum class Mode { kRuns, kColumns, kElements };
-
-struct Plan {
-  Mode mode;
-  int64_t run, period;
-  int threads;
-};
-
-Plan plan_of(const Shape& s, int threads) {
-  const int64_t range_span = s.ranges > 1 ? s.range_inner * s.ranges : 1;
-  const int64_t gate_span = s.gates > 1 ? s.gate_inner * s.gates : 1;
-  int64_t run = s.size, period = std::max(range_span, gate_span);
-  if (s.ranges > 1) run = std::min(run, s.range_inner);
-  if (s.gates > 1) run = std::min(run, s.gate_inner);
-  Mode mode = Mode::kRuns;
-  if (period > 1 && run < kShortRun) {
-    mode = period == s.size ? Mode::kElements : Mode::kColumns;
-    period *= std::max<int64_t>(1, kPeriod / period);
-  }
-  const int64_t useful = std::max<int64_t>(1, std::min<int64_t>(threads, s.size / kGrain));
-  return {mode, run, std::max(period, run), static_cast<int>(useful)};
-}
-
-template <class W>
-Grids<W> grids_at(const Inputs<W>& in, int64_t i) {
-  using L = Vector<W>;
-  Grids<W> p;
-  const int64_t gate = in.shape.gate(i);
-  const int32_t adjacent = in.adjacent ? in.adjacent[gate] : in.bits[gate];
-  p.set(typename L::V{} + in.limits[in.shape.range(i)], typename L::Bits{} + in.bits[gate],
-        typename L::Bits{} + adjacent, in.is_signed);
-  return p;
-}
-
-template <class W>
-inline bool own_gates(const Inputs<W>& in) {
-  return in.shape.gates == in.shape.size;
-}
-
-// Of n values from number i on.
-template <class W>
-Grids<W> grids_from(const Inputs<W>& in, int64_t i, int64_t n) {
-  using L = Vector<W>;
-  const Shape& s = in.shape;
-  typename L::V limit = typename L::V{} + 1;
-  typename L::Bits bits{}, adjacent{};
-  for (int64_t k = 0; k < n; ++k) {
-    const int64_t gate = s.gate(i + k);
-    limit[k] = in.limits[s.range(i + k)];
-    bits[k] = in.bits[gate];
-    adjacent[k] = in.adjacent ? in.adjacent[gate] : bits[k];
-  }
-  Grids<W> p;
-  p.set(limit, bits, adjacent, in.is_signed);
-  return p;
-}
-
-// Of n values from number i on that have a gate each and share the range `limit`.
-template <class W>
-inline Grids<W> grids_within(const Inputs<W>& in, W limit, int64_t i, int64_t n) {
-  using L = Vector<W>;
-  const auto bits = read<typename L::Bits>(in.bits + i, n);
-  const auto adjacent = in.adjacent ? read<typename L::Bits>(in.adjacent + i, n) : bits;
-  Grids<W> p;
-  p.set(typename L::V{} + limit, bits, adjacent, in.is_signed);
-  return p;
-}
-
-// Calls `body(begin, end, limit)` for neighbours that share a range, at most a block of them.
-template <class W, class Body>
-inline void each_range(const Inputs<W>& in, int64_t begin, int64_t end, const Body& body) {
-  const Shape& s = in.shape;
-  for (int64_t i = begin, stop; i < end; i = stop) {
-    stop = std::min({end, i + kBlock, (i / s.range_inner + 1) * s.range_inner});
-    body(i, stop, in.limits[s.range(i)]);
-  }
-}
-
-// The grids of a period: one entry per run, or per vector of columns.
-template <class W>
-std::vector<Grids<W>> table_of(const Inputs<W>& in, const Plan& plan) {
-  std::vector<Grids<W>> table;
-  const int64_t lanes = Vector<W>::lanes;
-  if (plan.mode == Mode::kRuns)
-    for (int64_t i = 0; i < plan.period; i += plan.run) table.push_back(grids_at(in, i));
-  if (plan.mode == Mode::kColumns)
-    for (int64_t i = 0; i < plan.period; i += lanes)
-      table.push_back(grids_from(in, i, std::min(lanes, plan.period - i)));
-  return table;
-}
-
 template <class T, class W>
-void forward_run(const T* x, T* y, int64_t n, const Grids<W>& p, bool is_signed) {
-  const Grids<W> grids = p;
-  const int64_t lanes = Vector<W>::lanes, whole = n - n % lanes;
-  if (grids.pass[0]) {
+void forward_run(const T* x, T* y, int64_t n, const Place<W>& p) {
+  const Ends<W> ends = p.ends;
+  const auto step = p.grids.step;
+  if (p.grids.pass[0]) {
     std::memcpy(y, x, n * sizeof(T));
     return;
   }
-  for (int64_t i = 0; i < whole; i += lanes)
-    store<W>(y + i, rounded<W>(load<W>(x + i, lanes), grids, is_signed), lanes);
-  if (whole < n)
-    store<W>(y + whole, rounded<W>(load<W>(x + whole, n - whole), grids, is_signed), n - whole);
+  each_vector<W>(0, n, [&](int64_t i, int64_t count) ALWAYS {
+    store<W>(y + i, rounded<W>(load<W>(x + i, count), ends, step), count);
+  });
+}
+
+// Of n values that share a range and have a gate each.
+template <class T, class W>
+void forward_gates(const T* x, T* y, const int32_t* bits, int64_t n, W limit, bool is_signed) {
+  using L = Vector<W>;
+  const Ends<W> ends(typename L::V{} + limit, is_signed);
+  const Steps<W> steps(limit, is_signed);
+  each_vector<W>(0, n, [&](int64_t i, int64_t count) ALWAYS {
+    const auto widths = read<typename L::Bits>(bits + i, count);
+    const auto v = load<W>(x + i, count);
+    const auto pass = __builtin_convertvector(widths, typename L::M) >= kPassThrough;
+    store<W>(y + i, pass ? v : rounded<W>(v, ends, steps.at(widths)), count);
+  });
 }
 
 template <class T, class W>
@@ -176,23 +50,23 @@ void forward(const Inputs<W>& in, const T* x, T* y, int threads) {
   const auto runs = [&](int, int64_t begin, int64_t end) {
     for (int64_t i = begin, next; i < end; i = next) {
       next = std::min(end, (i / plan.run + 1) * plan.run);
-      forward_run(x + i, y + i, next - i, table[i % plan.period / plan.run], in.is_signed);
+      forward_run(x + i, y + i, next - i, table[i % plan.period / plan.run]);
     }
   };
   const auto columns = [&](int, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row += plan.period)
       for (int64_t i = row, to = std::min(end, row + plan.period); i < to; i += lanes) {
         const int64_t n = std::min(lanes, to - i);
-        const auto v = load<W>(x + i, n);
-        store<W>(y + i, rounded<W>(v, table[(i - row) / lanes], in.is_signed), n);
+        store<W>(y + i, rounded_or_not<W>(load<W>(x + i, n), table[(i - row) / lanes]), n);
       }
   };
   const auto elements = [&](int, int64_t begin, int64_t end) {
     each_range(in, begin, end, [&](int64_t from, int64_t to, W limit) {
+      if (own_gates(in))
+        return forward_gates(x + from, y + from, in.bits + from, to - from, limit, in.is_signed);
       for (int64_t i = from; i < to; i += lanes) {
         const int64_t n = std::min(lanes, to - i);
-        const auto grids = own_gates(in) ? grids_within(in, limit, i, n) : grids_from(in, i, n);
-        store<W>(y + i, rounded<W>(load<W>(x + i, n), grids, in.is_signed), n);
+        store<W>(y + i, rounded_or_not<W>(load<W>(x + i, n), place_from(in, i, n)), n);
       }
     });
   };
@@ -219,31 +93,33 @@ struct Sums {
   }
 };
 
+// Whether the grids of a run allow `gradients_on_grids`.
+template <class W>
+bool plain(const Grids<W>& p) {
+  const W step = p.step2[0];
+  return !p.pass[0] && !p.pass2[0] && step > W(1e-30) && step < W(1e30);
+}
+
 // Adds the sums of a run to `range` and `change`.
-template <class T, class W, bool kChange>
-void backward_run(const T* g, const T* x, T* out, int64_t n, const Grids<W>& p, bool is_signed,
-                  double& range, double& change) {
-  const Grids<W> grids = p;
-  const int64_t lanes = Vector<W>::lanes;
+template <class T, class W, bool kChange, bool kPlain>
+void backward_run(const T* g, const T* x, T* out, int64_t n, const Place<W>& p, double& range,
+                  double& change) {
+  using V = typename Vector<W>::V;
+  const Ends<W> ends = p.ends;
+  const Grids<W> grids = p.grids;
+  const V inverse2 = 1 / grids.step2;
   for (int64_t start = 0; start < n; start += kBlock) {
-    typename Vector<W>::V ranges{}, changes{};
-    const int64_t end = std::min(n, start + kBlock), whole = end - (end - start) % lanes;
-    for (int64_t i = start; i < whole; i += lanes) {
-      const auto found = gradients<W, kChange>(load<W>(g + i, lanes), load<W>(x + i, lanes), grids,
-                                               is_signed);
-      store<W>(out + i, found.x, lanes);
-      ranges += found.range;
-      changes += found.change;
-    }
-    if (whole < end) {
-      const int64_t rest = end - whole;
-      const auto found = gradients<W, kChange>(load<W>(g + whole, rest), load<W>(x + whole, rest),
-                                               grids, is_signed);
-      store<W>(out + whole, found.x, rest);
-      ranges += found.range;
-      changes += found.change;
-    }
-    range += total<W>(ranges) * grids.share[0];
+    V ranges{}, changes{};
+    each_vector<W>(start, std::min(n, start + kBlock), [&](int64_t i, int64_t count) ALWAYS {
+      const V up = load<W>(g + i, count), v = load<W>(x + i, count);
+      if constexpr (kPlain)
+        store<W>(out + i,
+                 gradients_on_grids<W, kChange>(up, v, ends, grids, inverse2, ranges, changes),
+                 count);
+      else
+        store<W>(out + i, gradients<W, kChange>(up, v, ends, grids, V{} + 1, ranges, changes), count);
+    });
+    range += total<W>(ranges) * grids.step[0];
     if (kChange) change += total<W>(changes);
   }
 }
@@ -257,7 +133,7 @@ struct Backward {
   W* reported;  // written here where every value has a gate
   Sums& sums;
   Plan plan;
-  std::vector<Grids<W>> table;
+  std::vector<Place<W>> table;
 
   static constexpr int64_t lanes = Vector<W>::lanes;
 
@@ -265,10 +141,12 @@ struct Backward {
     double* mine = sums.of(thread);
     for (int64_t i = begin, next; i < end; i = next) {
       next = std::min(end, (i / plan.run + 1) * plan.run);
-      const Grids<W>& p = table[i % plan.period / plan.run];
+      const Place<W>& p = table[i % plan.period / plan.run];
       double range = 0, change = 0;
-      backward_run<T, W, kChange>(g + i, x + i, out + i, next - i, p, in.is_signed, range, change);
-      if (p.share[0] != 0) mine[in.shape.range(i)] += range;
+      const auto run = plain(p.grids) ? backward_run<T, W, kChange, true>
+                                : backward_run<T, W, kChange, false>;
+      run(g + i, x + i, out + i, next - i, p, range, change);
+      if (p.grids.ranged[0]) mine[in.shape.range(i)] += range;
       if (kChange) mine[sums.ranges + in.shape.gate(i)] += change;
     }
   }
@@ -299,31 +177,62 @@ struct Backward {
   void elements(int thread, int64_t begin, int64_t end) const {
     double* mine = sums.of(thread);
     each_range(in, begin, end, [&](int64_t from, int64_t to, W limit) {
-      V range{}, high{};
-      for (int64_t i = from; i < to; i += lanes) {
-        const int64_t n = std::min(lanes, to - i);
-        V change{};
-        if (own_gates(in)) {
-          const auto grids = grids_within(in, limit, i, n);
-          one(i, n, grids, range, change);
-          high += grids.high;  // 0 beyond the end, where bits read as 0
-          if (kChange) write(reported + i, change, n);
-        } else {
-          one(i, n, grids_from(in, i, n), range, change);
+      double* const sum = mine + in.shape.range(from);
+      if (own_gates(in)) {
+        mine[sums.ranges + sums.gates] += gates(from, to, limit, *sum);
+      } else {
+        V range{};
+        for (int64_t i = from; i < to; i += lanes) {
+          V change{};
+          const int64_t n = std::min(lanes, to - i);
+          one(i, n, place_from(in, i, n), range, change);
           for (int64_t k = 0; kChange && k < n; ++k)
             mine[sums.ranges + in.shape.gate(i + k)] += change[k];
         }
+        *sum += total<W>(range);
       }
-      mine[in.shape.range(from)] += total<W>(range);
-      mine[sums.ranges + sums.gates] += total<W>(high);
     });
   }
 
-  INLINE void one(int64_t i, int64_t n, const Grids<W>& p, V& range, V& change) const {
-    const auto found = gradients<W, kChange>(load<W>(g + i, n), load<W>(x + i, n), p, in.is_signed);
-    store<W>(out + i, found.x, n);
-    range += p.share != 0 ? found.range * p.share : V{};
-    if (kChange) change += found.change;
+  // Of neighbours that share a range and have a gate each, at most a block; the sum of their
+  // highest codes. Pointers are copied: for all the compiler knows, what is written might be them.
+  double gates(int64_t from, int64_t to, W limit, double& sum) const {
+    using Bits = typename Vector<W>::Bits;
+    const Ends<W> ends(V{} + limit, in.is_signed);
+    const Steps<W> steps(limit, in.is_signed);
+    const T *const up = g, *const v = x;
+    T* const gradient = out;
+    W* const changes = reported;
+    const int32_t *const widths = in.bits, *const others = kChange ? in.adjacent : in.bits;
+    Bits codes{}, live{};  // beyond the end bits read as 0, which has no codes
+    V range{};
+    each_vector<W>(from, to, [&](int64_t i, int64_t n) ALWAYS {
+      const Bits bits = read<Bits>(widths + i, n);
+      const Bits adjacent = read<Bits>(others + i, n);
+      const Grids<W> grids(steps.at(bits), steps.at(adjacent), bits, adjacent);
+      const V value = load<W>(v + i, n);
+      V change{};
+      store<W>(gradient + i,
+               gradients<W, kChange>(load<W>(up + i, n), value, ends, grids, grids.step, range,
+                                     change),
+               n);
+      if (kChange) write(changes + i, change, n);
+      codes += ((Bits{} + 1) << (bits > kMaxGridBits ? Bits{} + kMaxGridBits : bits)) - 1;
+      live -= bits > 0;
+    });
+    sum += total<W>(range);
+    double high = 0, signs = 0;
+    for (int64_t k = 0; k < lanes; ++k) {
+      high += codes[k];
+      signs += live[k];
+    }
+    return in.is_signed ? (high - signs) / 2 : high;
+  }
+
+  INLINE void one(int64_t i, int64_t n, const Place<W>& p, V& range, V& change) const {
+    const V up = load<W>(g + i, n), v = load<W>(x + i, n);
+    store<W>(out + i,
+             gradients<W, kChange>(up, v, p.ends, p.grids, p.grids.step, range, change), n);
   }
 };
 
@@ -350,7 +259,7 @@ void backward(const Inputs<W>& in, const T* g, const T* x, T* out, double per_ra
   double high = counted ? sums.at(sums.ranges + sums.gates) : 0;
   for (int64_t k = 0; k < s.gates && !counted; ++k) high += highest(in.bits[k], in.is_signed);
   const double count = per_range * std::max(high / s.gates, 1.0);
-  for (int64_t r = 0; r < s.ranges; ++r) range_grad[r] = W(sums.at(r) / std::sqrt(count));
+  for (int64_t r = 0; r < s.ranges; ++r) range_grad[r] = W(sums.at(r) / in.limits[r] / std::sqrt(count));
   for (int64_t k = 0; summed && k < s.gates; ++k) reported[k] = W(sums.at(s.ranges + k));
 }
 

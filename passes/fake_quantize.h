@@ -1,147 +1,168 @@
-// Grids of passes/grid.py on vectors of values: rounding, gradients, reading and writing.
+// Grids of passes/grid.py on vectors of values: steps, rounding, gradients.
 
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
+#include <limits>
 
-#define INLINE __attribute__((always_inline)) inline  // a call would pass vectors through memory
+#include "vectors.h"
 
 namespace {
 
 constexpr int32_t kPassThrough = 32;  // passes/grid.py
 constexpr int32_t kMaxGridBits = 16;  // passes/grid.py
 
+// The steps of ranges; at 0 bits so wide that every code is 0.
 template <class W>
-struct Vector {
-  static constexpr int64_t lanes = 64 / sizeof(W);
-  using Int = std::conditional_t<sizeof(W) == 4, int32_t, int64_t>;
-  typedef W V __attribute__((vector_size(64)));
-  typedef Int M __attribute__((vector_size(64)));  // also what comparisons give
-  typedef int32_t Bits __attribute__((vector_size(4 * lanes)));
-  typedef uint16_t Half __attribute__((vector_size(2 * lanes)));
-  typedef uint32_t Word __attribute__((vector_size(4 * lanes)));
+INLINE typename Vector<W>::V steps_of(typename Vector<W>::V limit, typename Vector<W>::Bits bits,
+                                      bool is_signed) {
+  using V = typename Vector<W>::V;
+  using M = typename Vector<W>::M;
+  const V width = is_signed ? 2 * limit : limit;
+  const M wide = __builtin_convertvector(bits, M);
+  const M codes = ((M{} + 1) << (wide > kMaxGridBits ? M{} + kMaxGridBits : wide)) - 1;
+  const V step = width / __builtin_convertvector(codes > 1 ? codes : M{} + 1, V);
+  return codes > 0 ? step : 4 * width;
+}
+
+// The same of one range for many bit-widths: looked up, where there is an instruction for it.
+template <class W>
+struct Steps {
+  using V = typename Vector<W>::V;
+  using Bits = typename Vector<W>::Bits;
+  static constexpr bool kTable = WITH_AVX && sizeof(W) == 4;
+  static constexpr W kIntervals[16] = {0.25, 65535, 3,    7,    15,   31,   63,    127,
+                                       255,  511,   1023, 2047, 4095, 8191, 16383, 32767};
+  V limit, table[2];  // steps at 0, 16, 2 to 15 bits
+  bool is_signed;
+
+  INLINE Steps(W limit, bool is_signed) : limit(V{} + limit), is_signed(is_signed) {
+    constexpr int64_t lanes = Vector<W>::lanes;
+    const V width = is_signed ? 2 * this->limit : this->limit;
+    for (int64_t k = 0; kTable && k < 16 / lanes; ++k)
+      table[k] = width / read<V>(kIntervals + k * lanes, lanes);
+  }
+
+  INLINE V at(Bits bits) const {
+#if WITH_AVX
+    if constexpr (kTable) {
+      const auto place = bits + (bits >> 4);
+#if defined(__AVX512F__)
+      return (V)_mm512_permutexvar_ps((__m512i)place, (__m512)table[0]);
+#else
+      const auto few = _mm256_permutevar8x32_ps((__m256)table[0], (__m256i)place);
+      const auto many = _mm256_permutevar8x32_ps((__m256)table[1], (__m256i)place);
+      return (V)_mm256_blendv_ps(few, many, (__m256)(place << 28));
+#endif
+    }
+#endif
+    return steps_of<W>(limit, bits, is_signed);
+  }
 };
 
-using BFloat16 = uint16_t;  // its bits
-
-template <class V, class T>
-inline V read(const T* from, int64_t n) {
-  V v{};
-  if (n == int64_t(sizeof(V) / sizeof(T)))
-    std::memcpy(&v, from, sizeof(V));
-  else
-    std::memcpy(&v, from, n * sizeof(T));
-  return v;
-}
-
-template <class W, class T>
-inline typename Vector<W>::V load(const T* x, int64_t n) {
-  using L = Vector<W>;
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    const auto half = read<typename L::Half>(x, n);
-    return (typename L::V)(__builtin_convertvector(half, typename L::Word) << 16);
-  } else {
-    return read<typename L::V>(x, n);
-  }
-}
-
-template <class V, class T>
-inline void write(T* to, const V& v, int64_t n) {
-  if (n == int64_t(sizeof(V) / sizeof(T)))
-    std::memcpy(to, &v, sizeof(V));
-  else
-    std::memcpy(to, &v, n * sizeof(T));
-}
-
-template <class W, class T>
-inline void store(T* to, typename Vector<W>::V v, int64_t n) {
-  using L = Vector<W>;
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    const auto wide = (typename L::Word)v;
-    auto nearest = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
-    nearest = (typename L::Word)(v != v) ? typename L::Word{} + 0x7fc0 : nearest;
-    write(to, __builtin_convertvector(nearest, typename L::Half), n);
-  } else {
-    write(to, v, n);
-  }
-}
-
+// Ends of the range of one vector of values. Beyond `bottom` and `top` all values have the last
+// code, on every grid of the range: they lie just within its ends, as half a step beyond the last
+// code of a signed grid lies the end of the range, and would round to the code behind it.
 template <class W>
-inline double total(typename Vector<W>::V v) {
-  double sum = 0;
-  for (int64_t k = 0; k < Vector<W>::lanes; ++k) sum += v[k];
-  return sum;
-}
+struct Ends {
+  using V = typename Vector<W>::V;
+  V low, high, bottom, top;
 
-// The grids of one vector of values.
+  INLINE Ends(V limit, bool is_signed) : low(V{}), high(limit), bottom(V{}), top(limit) {
+    if (!is_signed) return;
+    low = -limit;
+    top = limit * (1 - 4 * std::numeric_limits<W>::epsilon());  // quotients err by less
+    bottom = -top;
+  }
+};
+
+// The grids of one vector of values: of the bit-widths and of the adjacent ones.
 template <class W>
 struct Grids {
   using L = Vector<W>;
   using V = typename L::V;
   using M = typename L::M;
-  V step, high, step2, high2;  // of the bit-width and of the adjacent one
-  V limit, share;              // share: step / limit, or 0 where the value does not depend on it
-  M pass, pass2;
+  V step, step2;
+  M pass, pass2, ranged;  // `ranged`: the rounded value depends on the range
 
-  INLINE void set(V beta, typename L::Bits bits, typename L::Bits adjacent, bool is_signed) {
-    limit = beta;
-    grid(bits, is_signed, step, high, pass);
-    grid(adjacent, is_signed, step2, high2, pass2);
-    const M pruned = __builtin_convertvector(bits, M) == 0;
-    share = (pass | pruned) ? V{} : step * (1 / limit);
-  }
-
-  INLINE void grid(typename L::Bits bits, bool is_signed, V& a_step, V& a_high, M& passes) const {
-    const M wide = __builtin_convertvector(bits, M);
-    passes = wide >= kPassThrough;
-    const M shift = wide > kMaxGridBits ? M{} + kMaxGridBits : wide;
-    const M codes = ((M{} + 1) << shift) - 1;
-    const M least = codes > 1 ? codes : M{} + 1;
-    const M top = is_signed ? (codes > 1 ? codes - 1 : M{}) >> 1 : codes;
-    a_high = __builtin_convertvector(top, V);
-    a_step = (is_signed ? 2 * limit : limit) / __builtin_convertvector(least, V);
+  INLINE Grids(V step, V step2, typename L::Bits bits, typename L::Bits adjacent)
+      : step(step), step2(step2) {
+    const M widths = __builtin_convertvector(bits, M);
+    pass = widths >= kPassThrough;
+    pass2 = __builtin_convertvector(adjacent, M) >= kPassThrough;
+    ranged = (widths > 0) & ~pass;
   }
 };
 
+// A range and its grids.
 template <class W>
-inline typename Vector<W>::V nearest(typename Vector<W>::V code, typename Vector<W>::V high,
-                                     bool is_signed) {
-  using V = typename Vector<W>::V;
+struct Place {
+  using L = Vector<W>;
+  Ends<W> ends;
+  Grids<W> grids;
+
+  INLINE Place(typename L::V limit, typename L::Bits bits, typename L::Bits adjacent,
+               bool is_signed)
+      : ends(limit, is_signed),
+        grids(steps_of<W>(limit, bits, is_signed), steps_of<W>(limit, adjacent, is_signed), bits,
+              adjacent) {}
+};
+
+template <class W>
+INLINE typename Vector<W>::V nearest(typename Vector<W>::V code) {
   const W magic = sizeof(W) == 4 ? W(12582912) : W(6755399441055744);  // 1.5 * 2^(mantissa bits)
-  const V low = is_signed ? -high : V{};
-  code = code < low ? low : code;
-  code = code > high ? high : code;
   return (code + magic) - magic;  // rounds ties to even; codes are small integers
 }
 
 template <class W>
-inline typename Vector<W>::V rounded(typename Vector<W>::V v, const Grids<W>& p, bool is_signed) {
-  return p.pass ? v : nearest<W>(v / p.step, p.high, is_signed) * p.step;
+INLINE typename Vector<W>::V rounded(typename Vector<W>::V v, const Ends<W>& ends,
+                                     typename Vector<W>::V step) {
+  return nearest<W>(clamped(v, ends.bottom, ends.top) / step) * step;
 }
 
-template <class W>
-struct Gradients {
-  typename Vector<W>::V x, range, change;  // `range` still lacks the factor `share`
-};
-
+// What one vector of values gives: its gradient, and what it adds to the sums of ranges, times
+// `weight`, and of gates.
 template <class W, bool kChange>
-inline Gradients<W> gradients(typename Vector<W>::V up, typename Vector<W>::V v,
-                              const Grids<W>& p, bool is_signed) {
+INLINE typename Vector<W>::V gradients(typename Vector<W>::V up, typename Vector<W>::V v,
+                                       const Ends<W>& ends, const Grids<W>& p,
+                                       typename Vector<W>::V weight,
+                                       typename Vector<W>::V& range,
+                                       typename Vector<W>::V& change) {
   using V = typename Vector<W>::V;
-  const V code = v / p.step;
-  const V near = nearest<W>(code, p.high, is_signed);
-  const auto within = (v >= (is_signed ? -p.limit : V{})) & (v <= p.limit);
-  const V inside = (within | p.pass) ? V{} + 1 : V{};
-  Gradients<W> found{up * inside, up * (near - code * inside), V{}};
+  const V bound = clamped(v, ends.bottom, ends.top);
+  const V code = bound / p.step, near = nearest<W>(code);
+  const auto inside = ((v >= ends.low) & (v <= ends.high)) | p.pass;
+  range = multiply_add(up, where(p.ranged, (near - where(inside, code)) * weight), range);
   if (kChange) {
     const V here = p.pass ? v : near * p.step;
-    const V there = p.pass2 ? v : nearest<W>(v / p.step2, p.high2, is_signed) * p.step2;
-    const V change = (there - here) * up;
-    found.change = change * change;
+    const V there = p.pass2 ? v : nearest<W>(bound / p.step2) * p.step2;
+    const V moved = (there - here) * up;
+    change = multiply_add(moved, moved, change);
   }
-  return found;
+  return where(inside, up);
+}
+
+// The same with weight 1 where nothing passes through. The codes only go into sums here, so that of
+// the adjacent grid is found without a second division: by a product with the reciprocal of the
+// step, corrected by what it leaves over.
+template <class W, bool kChange>
+INLINE typename Vector<W>::V gradients_on_grids(typename Vector<W>::V up, typename Vector<W>::V v,
+                                                const Ends<W>& ends, const Grids<W>& p,
+                                                typename Vector<W>::V inverse2,
+                                                typename Vector<W>::V& range,
+                                                typename Vector<W>::V& change) {
+  using V = typename Vector<W>::V;
+  const V bound = clamped(v, ends.bottom, ends.top);
+  const V code = bound / p.step, near = nearest<W>(code);
+  const auto inside = (v >= ends.low) & (v <= ends.high);
+  range = multiply_add(up, near - where(inside, code), range);
+  if (kChange) {
+    V code2 = bound * inverse2;
+    code2 = kFused ? multiply_add(multiply_add(-code2, p.step2, bound), inverse2, code2)
+                   : bound / p.step2;
+    const V moved = multiply_add(nearest<W>(code2), p.step2, -near * p.step) * up;
+    change = multiply_add(moved, moved, change);
+  }
+  return where(inside, up);
 }
 
 }  // namespace

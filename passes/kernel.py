@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from cgmq_fx.passes import native
 from cgmq_fx.passes.grid import PASS_THROUGH, grid, round_to_grid
@@ -47,8 +46,21 @@ class Statistic(IntEnum):
         return (0, 1, 3)[self]
 
 
-@torch.library.custom_op("cgmq_fx::fake_quantize", mutates_args=())
-def fake_quantize(
+_LIBRARY = torch.library.Library("cgmq_fx", "FRAGMENT")  # its wrappers cost less than custom_op's
+_LIBRARY.define(
+    "fake_quantize(Tensor x, Tensor limit, Tensor bits, Tensor? adjacent, Tensor? probe, "
+    "bool signed, bool batched, int statistic) -> Tensor"
+)
+_LIBRARY.define(
+    "fake_quantize_backward(Tensor grad, Tensor x, Tensor limit, Tensor bits, Tensor? adjacent, "
+    "bool signed, bool batched, int statistic) -> (Tensor, Tensor, Tensor)"
+)
+fake_quantize: Any = torch.ops.cgmq_fx.fake_quantize.default
+fake_quantize_backward: Any = torch.ops.cgmq_fx.fake_quantize_backward.default
+
+
+@torch.library.impl(_LIBRARY, "fake_quantize", "CompositeExplicitAutograd")
+def _forward(
     x: Tensor,
     limit: Tensor,
     bits: Tensor,
@@ -81,8 +93,7 @@ def fake_quantize(
     return reference(x, limit, bits, signed) if found is None else found
 
 
-@fake_quantize.register_fake
-def _(
+def _foretold(
     x: Tensor,
     limit: Tensor,
     bits: Tensor,
@@ -95,8 +106,8 @@ def _(
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("cgmq_fx::fake_quantize_backward", mutates_args=())
-def fake_quantize_backward(
+@torch.library.impl(_LIBRARY, "fake_quantize_backward", "CompositeExplicitAutograd")
+def _gradients(
     grad: Tensor,
     x: Tensor,
     limit: Tensor,
@@ -121,8 +132,7 @@ def fake_quantize_backward(
     return found
 
 
-@fake_quantize_backward.register_fake
-def _(
+def _foretold_gradients(
     grad: Tensor,
     x: Tensor,
     limit: Tensor,
@@ -162,21 +172,21 @@ def reference_backward(
     inside = (wide.abs() <= beta) if signed else (wide >= 0) & (wide <= beta)
     inside = inside | passed
     codes = wide / step
-    error = codes.round().clamp_(low, high) - codes * inside
-    error = torch.where(rangeless, torch.zeros_like(error), error)
+    zero = torch.zeros_like(codes)
+    error = codes.round().clamp_(low, high) - torch.where(inside, codes, zero)
+    error = torch.where(rangeless, zero, error)
     summed = (g * error * (step / beta)).sum_to_size(limit.shape)
     count = per_range(x, limit, batched) * high.mean().clamp(min=1.0)
     grad_limit = (summed / count.sqrt()).to(limit.dtype).contiguous()
-    grad_x = torch.mul(grad, inside, out=torch.empty_like(x, dtype=grad.dtype))
+    grad_x = torch.empty_like(x, dtype=grad.dtype)
+    torch.where(inside, grad, torch.zeros_like(grad), out=grad_x)
     reported = _statistic(g, wide, beta, bits, adjacent, signed, batched, statistic)
     return grad_x, grad_limit, reported.to(limit.dtype).contiguous()
 
 
 def _fused(x: Tensor) -> Any:
     """The module with the fused kernels for the device of `x`, if there is one."""
-    if x.device.type == "cuda":
-        return _triton()
-    return native
+    return _triton() if x.is_cuda else native
 
 
 @lru_cache(maxsize=1)
@@ -223,19 +233,49 @@ def _magnitudes(g: Tensor, x: Tensor, bits: Tensor, batched: bool) -> Tensor:
     return torch.stack([t.sum_to_size(bits.shape) * share for t in (g, x, g * x)])
 
 
-def _setup(ctx: FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
-    x, limit, bits, adjacent, probe, signed, batched, statistic = inputs
-    ctx.save_for_backward(x, limit, bits, adjacent)  # type: ignore[arg-type]
-    ctx.options = (signed, batched, statistic if probe is not None else 0)  # type: ignore[attr-defined]
+class _FakeQuantize(torch.autograd.Function):
+    """`fake_quantize`, recorded for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, limit, bits, adjacent, probe, signed, batched, statistic = inputs
+        ctx.save_for_backward(x, limit, bits, adjacent)
+        ctx.options = (signed, batched, statistic if probe is not None else 0)
+        return _unrecorded(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_limit, reported = fake_quantize_backward(
+            grad, *ctx.saved_tensors, *ctx.options
+        )
+        probed = reported if ctx.options[-1] else None
+        return grad_x, grad_limit, None, None, probed, None, None, None
 
 
-def _backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, limit, bits, adjacent = ctx.saved_tensors  # type: ignore[attr-defined]
-    signed, batched, statistic = ctx.options  # type: ignore[attr-defined]
-    grad_x, grad_limit, reported = fake_quantize_backward(
-        grad, x, limit, bits, adjacent, signed, batched, statistic
-    )
-    return grad_x, grad_limit, None, None, reported if statistic else None, None, None, None
+@torch.library.impl(_LIBRARY, "fake_quantize", "Autograd")
+def _recorded(
+    x: Tensor,
+    limit: Tensor,
+    bits: Tensor,
+    adjacent: Tensor | None,
+    probe: Tensor | None,
+    signed: bool,
+    batched: bool,
+    statistic: int,
+) -> Tensor:
+    inputs = (x, limit, bits, adjacent, probe, signed, batched, statistic)
+    leaves = (x, limit) if probe is None else (x, limit, probe)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in leaves):
+        found: Tensor = _FakeQuantize.apply(*inputs)  # type: ignore[no-untyped-call]
+        return found
+    return _unrecorded(*inputs)
 
 
-fake_quantize.register_autograd(_backward, setup_context=_setup)
+def _unrecorded(*inputs: Any) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        found: Tensor = fake_quantize(*inputs)
+        return found
+
+
+torch.library.register_fake("cgmq_fx::fake_quantize", _foretold, lib=_LIBRARY)
+torch.library.register_fake("cgmq_fx::fake_quantize_backward", _foretold_gradients, lib=_LIBRARY)

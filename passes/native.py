@@ -34,7 +34,8 @@ SMALLEST = 4096
 SWITCH = "CGMQ_FX_NATIVE"
 """Environment variable; "0" keeps this module from building or loading anything."""
 
-_SOURCES = [Path(__file__).with_name(f"fake_quantize.{end}") for end in ("cpp", "h")]
+_FILES = ("fake_quantize.cpp", "fake_quantize.h", "vectors.h", "walk.h")
+_SOURCES = [Path(__file__).with_name(name) for name in _FILES]
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
 _VECTORS = {
@@ -71,10 +72,10 @@ def forward(x: Tensor, limit: Tensor, bits: Tensor, signed: bool) -> Tensor | No
     if not _taken(x):
         return None
     y = torch.empty_like(x)
-    shape = _shape(tuple(x.shape), y.stride(), tuple(limit.shape), tuple(bits.shape))
+    shape = _shape(x.shape, y.stride(), limit.shape, bits.shape)
     if shape is None or (library := _library()) is None:
         return None
-    x, limit, bits = like(x, y), _limit(limit, x), _bits(bits)
+    x, limit, bits = like(x, y), _limit(limit, x), _as(bits, torch.int32)
     library.cgmq_forward(
         _DTYPES[x.dtype],
         x.data_ptr(),
@@ -105,12 +106,12 @@ def backward(
     if not _taken(x) or grad.dtype != x.dtype:
         return None
     out = torch.empty_like(x)
-    shape = _shape(tuple(x.shape), out.stride(), tuple(limit.shape), tuple(bits.shape))
+    shape = _shape(x.shape, out.stride(), limit.shape, bits.shape)
     if shape is None or (library := _library()) is None:
         return None
     grad, x = like(grad, out), like(x, out)
-    beta, widths = _limit(limit, x), _bits(bits)
-    neighbours = None if adjacent is None else _bits(adjacent)
+    beta, widths = _limit(limit, x), _as(bits, torch.int32)
+    neighbours = None if adjacent is None else _as(adjacent, torch.int32)
     range_grad = torch.empty(limit.shape, dtype=beta.dtype)
     rows = 0 if adjacent is None else 1
     reported = torch.empty((rows, *bits.shape), dtype=beta.dtype)
@@ -129,7 +130,7 @@ def backward(
         reported.data_ptr(),
         torch.get_num_threads(),
     )
-    return out, range_grad.to(limit.dtype), reported.to(limit.dtype)
+    return out, _as(range_grad, limit.dtype), _as(reported, limit.dtype)
 
 
 def _taken(x: Tensor) -> bool:
@@ -137,12 +138,12 @@ def _taken(x: Tensor) -> bool:
 
 
 def _limit(limit: Tensor, x: Tensor) -> Tensor:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return limit.detach().to(wide).contiguous()
+    return _as(limit, torch.float64 if x.dtype is torch.float64 else torch.float32)
 
 
-def _bits(bits: Tensor) -> Tensor:
-    return bits.to(torch.int32).contiguous()
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t` contiguous in `dtype`: itself mostly, which costs no call."""
+    return t if t.dtype is dtype and t.is_contiguous() else t.detach().to(dtype).contiguous()
 
 
 def _library() -> Any:

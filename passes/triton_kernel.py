@@ -165,10 +165,12 @@ def _backward(
     code = tl.div_rn(x, step)
     near = _nearest(code, low, high)
     end = -limit if SIGNED else limit * 0
-    within = (((x >= end) & (x <= limit)) | (bits >= 32)).to(tl.float32)
-    tl.store(out_ptr + at, (g * within).to(out_ptr.dtype.element_ty), inside)
+    within = ((x >= end) & (x <= limit)) | (bits >= 32)
+    tl.store(out_ptr + at, tl.where(within, g, 0.0).to(out_ptr.dtype.element_ty), inside)
     on_grid = inside & (bits > 0) & (bits < 32)
-    error = tl.where(on_grid, g * (near - code * within) * tl.div_rn(step, limit), 0.0)
+    error = tl.where(
+        on_grid, g * (near - tl.where(within, code, 0.0)) * tl.div_rn(step, limit), 0.0
+    )
     if REPEATED:
         across = tl.cdiv(columns, WIDE)
         column = (tl.program_id(0) % across) * WIDE + tl.arange(0, WIDE)

@@ -160,6 +160,25 @@ def test_its_gradients_are_those_of_the_reference(
     assert bare[2].shape == (0, *bits.shape)
 
 
+@SIGNS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bits", range(2, 17))
+def test_it_rounds_like_the_reference_next_to_the_ends(
+    bits: int, dtype: torch.dtype, signed: bool
+) -> None:
+    random = torch.Generator().manual_seed(bits)
+    limit = (torch.rand(2000, 1, generator=random) * 4 + 1e-3).to(dtype)
+    widths = torch.tensor(bits, dtype=torch.int32)
+    step, _, high = grid(limit, widths, signed)
+    away = torch.arange(-20, 21) * torch.finfo(dtype).eps
+    for end in (limit, (high + 0.5) * step, (high - 0.5) * step):
+        x = end * (1 + away.to(dtype))
+        x = torch.cat([x, -x], 1)
+        found = native.forward(x, limit, widths, signed)
+        assert found is not None
+        assert torch.equal(found, reference(x, limit, widths, signed))
+
+
 def test_what_is_not_finite_stays_so() -> None:
     x = torch.full((5000,), 0.3)
     x[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30])
