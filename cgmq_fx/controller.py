@@ -86,6 +86,7 @@ class Controller:
         relevant = relevance(facts, budget)
         flags = torch.tensor([relevant[q.name] for q in self.layout.quantizers])
         self._relevant = flags[self.layout.owner]
+        self._helping: dict[tuple[int, ...], Tensor] = {}
         self._sensitivity = self._prior()
         self.taken = 0
         self._best: Levels | None = None
@@ -286,8 +287,9 @@ class Controller:
         """Positive where gates fall, negative where they rise, 0 where they stay."""
         violated = self.ledger.violated
         if violated:
-            helps = self._relevant[:, list(violated)].any(1)
-            return torch.where(helps, speeds(self.direction.fall(view), SLOWEST), torch.zeros(()))
+            if violated not in self._helping:
+                self._helping[violated] = self._relevant[:, list(violated)].any(1).float()
+            return self._helping[violated] * speeds(self.direction.fall(view), SLOWEST)
         return -speeds(self.direction.rise(view), 0.0)
 
     def _bounded(self, gates: Tensor) -> Tensor:
@@ -302,7 +304,7 @@ class Controller:
             return
         self._levels = levels
         self._slopes = self.layout.slopes(levels)
-        self.ledger.assign(self.layout.widths[self.layout.owner, levels].numpy())
+        self.ledger.assign(self.layout.widths_at(levels).numpy())
         self._marginals.moved(changed)
         self._settings.write(levels)
         if self.ledger.satisfied and self._better(levels):

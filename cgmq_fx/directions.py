@@ -181,5 +181,5 @@ def speeds(eagerness: Tensor, slowest: float) -> Tensor:
     """
     finite = torch.nan_to_num(eagerness, nan=0.0, posinf=1e30).clamp(min=0.0)
     middle = finite.median() if finite.numel() else finite.sum()
-    share = torch.where(finite > 0, finite / (finite + middle), torch.zeros_like(finite))
+    share = (finite / (finite + middle)).nan_to_num_(nan=0.0)  # 0 / 0 where nothing is eager
     return slowest + (1 - slowest) * share

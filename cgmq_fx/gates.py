@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -109,23 +110,49 @@ class GateLayout:
             for i in chosen
         }
 
+    def widths_at(self, levels: Tensor) -> Tensor:
+        """The bit-width of each gate at `levels`."""
+        return self.widths.take(self._width_of + levels)
+
+    def adjacent_at(self, levels: Tensor) -> Tensor:
+        """The bit-width that `Statistic.CHANGE` compares with: of one level less, at 0 one more."""
+        return self._adjacent.take(self._width_of + levels)
+
     def slopes(self, levels: Tensor) -> Slopes:
         """How squared steps change from `levels` to their neighbours."""
-        here = self.noise_at(levels)
-        below, above = self.noise_at(levels - 1), self.noise_at(levels + 1)
-        change = torch.where(levels > 0, below - here, here - above)
-        down, up = (below - here).clamp(min=0), (here - above).clamp(min=0)
-        return Slopes(down, up, change.clamp(min=0))
+        return Slopes(*self._slopes.index_select(1, self._noise_of + levels))
 
     def noise_at(self, levels: Tensor) -> Tensor:
-        """Squared step of each gate at `levels`, which may lie one beyond either end."""
-        inside = levels.clamp(min=0)
-        inside = torch.minimum(inside, self.count - 1)
-        return self.noise[self.row, inside]
+        """Squared step of each gate at `levels`."""
+        return self.noise.take(self._noise_of + levels)
 
     def loss(self, levels: Tensor, sensitivity: Tensor) -> float:
         """The loss that `levels` is estimated to add: sensitivity times squared step, summed."""
         return float((sensitivity.double() * self.noise_at(levels).double()).sum())
+
+    @cached_property
+    def _width_of(self) -> Tensor:
+        """Where the first level of each gate stands in the tables of widths."""
+        return self.owner * self.widths.shape[1]
+
+    @cached_property
+    def _noise_of(self) -> Tensor:
+        """Likewise in the tables of noise."""
+        return self.row.long() * self.noise.shape[1]
+
+    @cached_property
+    def _adjacent(self) -> Tensor:
+        first = self.widths[:, :2][:, -1:]  # the only one, if there is one
+        return torch.cat([first, self.widths[:, :-1]], 1)
+
+    @cached_property
+    def _slopes(self) -> Tensor:
+        """The fields of `Slopes` at every level of every row of `noise`, shape (3, entries)."""
+        falls = self.noise[:, :-1] - self.noise[:, 1:]
+        none = torch.zeros_like(self.noise[:, :1])
+        change = torch.cat([falls[:, :1], falls], 1) if falls.numel() else none
+        tables = (torch.cat([none, falls], 1), torch.cat([falls, none], 1), change)
+        return torch.stack([t.clamp(min=0).reshape(-1) for t in tables])
 
 
 def _padded(noise: Tensor, size: int) -> Tensor:
@@ -146,8 +173,3 @@ def level_of(gates: Tensor, count: Tensor) -> Tensor:
         count: Shape (gates,): number of levels of each.
     """
     return torch.minimum((gates.ceil().long() - 1).clamp(min=0), count - 1)
-
-
-def compared(levels: Tensor, count: Tensor) -> Tensor:
-    """The level that `Statistic.CHANGE` compares each of `levels` with: one less, at 0 one more."""
-    return torch.where(levels > 0, levels - 1, torch.minimum(levels + 1, count - 1))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cgmq_fx.calibrate import RangeTable
-from cgmq_fx.gates import GateLayout, compared
+from cgmq_fx.gates import GateLayout
 from cgmq_fx.passes.quantizer import Quantizer
 
 
@@ -27,7 +27,6 @@ class Settings:
         self, quantizers: Sequence[Quantizer], tables: Sequence[RangeTable], layout: GateLayout
     ) -> None:
         self._quantizers, self._tables, self._layout = quantizers, tables, layout
-        self._widths = layout.widths.int()
         self._sizes = [q.log_range.numel() for q in quantizers]
         most = layout.widths.shape[1]
         self._log_ranges = torch.cat([_by_level(t.log_ranges.cpu(), most) for t in tables], 1)
@@ -44,11 +43,11 @@ class Settings:
         """Give quantizers the bits of `levels`, one entry per gate, and the ranges for them."""
         if not self._is_bound():
             self._bind()
-        owner, count = self._layout.owner, self._layout.count
-        self._bits.copy_(self._widths[owner, levels])
+        self._bits.copy_(self._layout.widths_at(levels))
         if self._adjacent is not None:
-            self._adjacent.copy_(self._widths[owner, compared(levels, count)])
-        offsets = self._log_ranges[levels[self._gate], self._range]
+            self._adjacent.copy_(self._layout.adjacent_at(levels))
+        row = levels.take(self._gate) * self._range.numel()
+        offsets = self._log_ranges.take(row + self._range)
         parts = offsets.split(self._sizes) if self._several else ()
         for index in self._several:
             own = levels[slice(*self._layout.starts[index : index + 2])]

@@ -144,9 +144,9 @@ class Ledger:
         """
         moved = np.logical_or.reduceat(bits != self._flat, self._starts)
         self._flat[:] = bits
-        table, names = self._lookup, list(self.graph.quantizers)
-        others = [names[i] for i in np.flatnonzero(moved & ~table.complete)]
-        changes = {name: self._bits[name] for name in others}
+        table, others = self._lookup, moved & ~self._lookup.complete
+        names = list(self.graph.quantizers) if others.any() else []
+        changes = {names[i]: self._bits[names[i]] for i in np.flatnonzero(others)}
         single, rows = bits[self._starts], np.array(self._costs)
         rows[:, table.nodes], self._nodes[table.nodes] = table.at(single)
         for index, node in self._changed(changes).items():

@@ -68,12 +68,14 @@ class Lookup:
         columns = np.array(held, dtype=np.int64).reshape(-1, 3).T
         self.tensors: Places = columns[0]
         self._elements, self._holder = columns[1:]
-        shape = (self.nodes.size, self._widths.size, self._widths.size)
-        self._costs: Costs = np.zeros((*shape, constraints))
-        self._bits = np.full(shape, None, dtype=object)
-        self._known: Flags = np.zeros(shape, dtype=np.bool_)
+        cases = self._widths.size**2
+        self._first: Places = np.arange(self.nodes.size) * cases  # where the cases of a node start
+        self._costs: Costs = np.zeros((self.nodes.size * cases, constraints))
+        self._bits = np.full(self.nodes.size * cases, None, dtype=object)
+        self._known: Flags = np.zeros(self.nodes.size * cases, dtype=np.bool_)
         slots, rows = np.nonzero(self._pairs < nobody)
-        self._readings = rows, slots, self._pairs[slots, rows]
+        steps = np.where(slots == 0, self._widths.size, 1)
+        self._readings = rows, self._pairs[slots, rows], steps
 
     def at(self, bits: BitArray) -> tuple[Costs, npt.NDArray[np.object_]]:
         """Costs, shape (constraints, nodes), and the `NodeBits` of the nodes.
@@ -81,9 +83,8 @@ class Lookup:
         Args:
             bits: Shape (quantizers,): bits of those with one gate; other entries are ignored.
         """
-        first, second = self._places(bits)[self._pairs]
-        where = self._filled(np.arange(self.nodes.size), first, second)
-        return self._costs[where].T, self._bits[where]
+        where = self._filled(self._cases(self._places(bits)))
+        return self._costs.take(where, axis=0).T, self._bits.take(where)
 
     def tensor_bits(self, bits: BitArray) -> BitArray:
         """Total bits of `tensors`; `bits` as for `at`."""
@@ -100,33 +101,35 @@ class Lookup:
         Returns:
             Shape (constraints, quantizers), summed over the nodes that are looked up.
         """
-        rows, slots, owner = self._readings
+        rows, owner, steps = self._readings
         before, after = self._places(bits), self._places(moved)
-        first, second = before[self._pairs[:, rows]]
-        here = self._filled(rows, first, second)
-        target = after[owner]
-        there = self._filled(
-            rows, np.where(slots == 0, target, first), np.where(slots == 1, target, second)
-        )
-        change = (self._costs[there] - self._costs[here]).T
+        here = self._filled(self._cases(before)).take(rows)
+        there = self._filled(here + (after - before).take(owner) * steps)
+        change = (self._costs.take(there, axis=0) - self._costs.take(here, axis=0)).T
         sums = [np.bincount(owner, row, len(self._names)) for row in change]
         return np.array(sums, dtype=np.float64)  # of nothing, they would be whole numbers
 
     def _places(self, bits: BitArray) -> Places:
         """Where bits stand in the tables; at the end, a place for no quantizer."""
-        return np.append(self._place[bits], 0)
+        return np.append(self._place.take(bits), 0)
 
-    def _filled(self, rows: Places, first: Places, second: Places) -> tuple[Places, Places, Places]:
-        """An index into the tables whose entries are known."""
-        for k in np.flatnonzero(~self._known[rows, first, second]):
-            place = (int(rows[k]), int(first[k]), int(second[k]))
-            number = int(self.nodes[place[0]])
+    def _cases(self, places: Places) -> Places:
+        """Which case every node is in, as a row of the tables."""
+        first, second = places.take(self._pairs)
+        found: Places = self._first + first * self._widths.size + second
+        return found
+
+    def _filled(self, cases: Places) -> Places:
+        """The same cases, all of them known."""
+        for case in cases[~self._known.take(cases)].tolist():
+            row, place = divmod(case, self._widths.size**2)
             given = {
                 self._names[q]: self._widths[[p]]
-                for q, p in zip(self._pairs[:, place[0]], place[1:], strict=True)
+                for q, p in zip(self._pairs[:, row], divmod(place, self._widths.size), strict=True)
                 if q < len(self._names)
             }
-            self._bits[place] = node_bits(self._graph.nodes[number], given)
-            self._costs[place] = self._evaluate(number, self._bits[place])
-            self._known[place] = True
-        return rows, first, second
+            number = int(self.nodes[row])
+            self._bits[case] = node_bits(self._graph.nodes[number], given)
+            self._costs[case] = self._evaluate(number, self._bits[case])
+            self._known[case] = True
+        return cases

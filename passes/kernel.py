@@ -86,8 +86,9 @@ def _forward(
         statistic: A `Statistic`.
 
     Returns:
-        A tensor like `x`.
+        A tensor like `x`; contiguous if `x` has gaps or repeats, so that products read it as it is.
     """
+    x = _dense(x)
     fused = _fused(x)
     found: Tensor | None = fused and fused.forward(x, limit, bits, signed)
     return reference(x, limit, bits, signed) if found is None else found
@@ -103,7 +104,7 @@ def _foretold(
     batched: bool,
     statistic: int,
 ) -> Tensor:
-    return torch.empty_like(x)
+    return torch.empty_like(_dense(x))
 
 
 @torch.library.impl(_LIBRARY, "fake_quantize_backward", "CompositeExplicitAutograd")
@@ -118,7 +119,7 @@ def _gradients(
     statistic: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `fake_quantize` with respect to `x`, `limit` and `probe`."""
-    kind = Statistic(statistic)
+    kind, x = Statistic(statistic), _dense(x)
     next_bits = adjacent if kind is Statistic.CHANGE else None
     fused = _fused(x)
     found: tuple[Tensor, Tensor, Tensor] | None = fused and fused.backward(
@@ -144,7 +145,7 @@ def _foretold_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = Statistic(statistic).rows
     reported = limit.new_empty((rows, *bits.shape))
-    return torch.empty_like(x, dtype=grad.dtype), limit.new_empty(limit.shape), reported
+    return torch.empty_like(_dense(x), dtype=grad.dtype), limit.new_empty(limit.shape), reported
 
 
 def reference(x: Tensor, limit: Tensor, bits: Tensor, signed: bool) -> Tensor:
@@ -182,6 +183,11 @@ def reference_backward(
     torch.where(inside, grad, torch.zeros_like(grad), out=grad_x)
     reported = _statistic(g, wide, beta, bits, adjacent, signed, batched, statistic)
     return grad_x, grad_limit, reported.to(limit.dtype).contiguous()
+
+
+def _dense(x: Tensor) -> Tensor:
+    """`x`, or a contiguous copy if it does not fill its memory: then its strides are not kept."""
+    return x if x.is_contiguous() or torch.empty_like(x).stride() == x.stride() else x.contiguous()
 
 
 def _fused(x: Tensor) -> Any:

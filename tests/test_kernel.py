@@ -358,6 +358,14 @@ def test_memory_formats_are_kept_and_foretold(
         assert real[0].stride() == y.stride()
 
 
+def test_a_part_of_a_tensor_comes_out_contiguous() -> None:
+    heads = torch.randn(2, 5, 3, 4, 8)[:, :, 1].transpose(1, 2)  # as attention has its queries
+    y = fake_quantize(heads, torch.tensor(0.8), ONE_GATE, None, None, True, True, 0)
+    assert not torch.empty_like(heads).is_contiguous()
+    assert y.is_contiguous()  # a product would copy it otherwise, and keep the copy for backward
+    assert torch.equal(y, round_to_grid(heads, torch.tensor(0.8), ONE_GATE, True))
+
+
 def test_nothing_is_recorded_without_gradients() -> None:
     x, limit = torch.randn(5, requires_grad=True), torch.tensor(1.0, requires_grad=True)
     with torch.no_grad():
