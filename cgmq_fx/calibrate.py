@@ -49,12 +49,15 @@ class RangeTable:
             32 bits. A row per range where gates have ranges of their own, else one.
         power: Mean square of the values.
         rows: Shape (gates,): the row of each gate; None where all have the first.
+        distortion: Shape (bit-widths,): the relative squared error of the network's output when
+            this quantizer alone has these bits; None where it was not measured.
     """
 
     log_ranges: Tensor
     noise: Tensor
     power: float
     rows: Tensor | None = None
+    distortion: Tensor | None = None
 
 
 def best_range(

@@ -126,8 +126,8 @@ class Controller:
 
     @property
     def sensitivity(self) -> Tensor:
-        """Smoothed estimate of the loss per squared step, one entry per gate."""
-        return self._sensitivity
+        """Smoothed estimate of the loss per unit of the layout's harm, one entry per gate."""
+        return self.layout.worth(self._sensitivity)
 
     def start(self, bits: Assignment) -> None:
         """Put the gates where they give these bits; those of quantizers without any stay open."""
@@ -212,9 +212,8 @@ class Controller:
             [self._levels.numpy()] if self._best is None else [self._levels.numpy(), self._best]
         )
         projected = [self._projected(levels) for levels in starts]
-        best = min(
-            projected, key=lambda p: self.layout.loss(torch.from_numpy(p), self._sensitivity)
-        )
+        worth = self.sensitivity
+        best = min(projected, key=lambda p: self.layout.loss(torch.from_numpy(p), worth))
         self._settle(torch.from_numpy(self._without_pruned(best)))
         self._end()
 
@@ -239,7 +238,7 @@ class Controller:
     def _projected(self, levels: Levels) -> Levels:
         levels = levels.copy()
         ledger = Ledger(self.ledger.graph, self.ledger.budget, self.layout.assignment(levels))
-        weight = self._sensitivity.double().numpy()
+        weight = self.sensitivity.double().numpy()
         return Projection(self.layout, ledger, levels, weight).run()
 
     def _prior(self) -> Tensor:
@@ -266,12 +265,12 @@ class Controller:
 
     def _view(self, rows: Tensor) -> GateView:
         down, up = self._marginals.at(self._levels.numpy(), self.taken)
-        slopes = self._slopes
+        slopes, worth = self._slopes, self.sensitivity
         return GateView(
             rows=rows,
-            sensitivity=self._sensitivity,
-            loss_down=self._sensitivity * slopes.down,
-            loss_up=self._sensitivity * slopes.up,
+            sensitivity=worth,
+            loss_down=worth * slopes.down,
+            loss_up=worth * slopes.up,
             cost_down=down,
             cost_up=up,
             change=slopes.change,
@@ -313,5 +312,6 @@ class Controller:
     def _better(self, levels: Tensor) -> bool:
         if self._best is None:
             return True
-        best = self.layout.loss(torch.from_numpy(self._best), self._sensitivity)
-        return self.layout.loss(levels, self._sensitivity) <= best
+        worth = self.sensitivity
+        best = self.layout.loss(torch.from_numpy(self._best), worth)
+        return self.layout.loss(levels, worth) <= best

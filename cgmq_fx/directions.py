@@ -26,7 +26,8 @@ class GateView:
 
     Attributes:
         rows: Shape (rows of the statistic, gates): this step's statistic, summed over the batch.
-        sensitivity: Smoothed loss per squared step, see `Direction.sensitivity`.
+        sensitivity: Smoothed loss per squared step, see `Direction.sensitivity`; where
+            distortions are measured, per unit of these.
         loss_down: Estimated loss that one level less would add.
         loss_up: Estimated loss that one level more would save.
         cost_down: Cost that one level less would free, as a share of the violated bounds.
@@ -51,10 +52,14 @@ class Direction(ABC):
     Attributes:
         name: What options call it.
         statistic: What it needs from the backward pass.
+        measured: Whether the distortion of the output that each quantizer's bit-widths cause is
+            measured at calibration. It then tells what a quantizer as a whole is worth, and
+            `sensitivity` how that is shared by its gates.
     """
 
     name: ClassVar[str]
     statistic: ClassVar[Statistic]
+    measured: ClassVar[bool] = False
 
     @abstractmethod
     def fall(self, view: GateView) -> Tensor:
@@ -77,14 +82,16 @@ class Direction(ABC):
 class Marginal(Direction):
     """The default: the loss that a level adds against the cost that it frees.
 
-    The loss that moving to the adjacent bit-width would add is estimated by the empirical Fisher
-    information along that very move, `sum (gradient * change)^2`; it grows with the squared step.
+    What a quantizer as a whole is worth is measured at calibration (`distortion.py`). How that is
+    shared by its gates, the empirical Fisher information along the very move to the adjacent
+    bit-width tells, `sum (gradient * change)^2`, which grows with the squared step.
     A gate falls the faster the less loss it adds per cost freed in the violated constraints, and
     rises the faster the more loss it saves per cost taken.
     """
 
     name = "marginal"
     statistic = Statistic.CHANGE
+    measured = True
 
     def fall(self, view: GateView) -> Tensor:
         """Cost freed per loss added."""

@@ -15,6 +15,8 @@ from cgmq_fx.calibrate import RangeTable
 from cgmq_fx.cost_models.bits import BitArray
 from cgmq_fx.cost_models.facts import QuantizerFacts
 
+_TINY = 1e-30
+
 Levels = npt.NDArray[np.int64]
 """Per gate, the index of its bit-width: 0 is the smallest that its quantizer allows."""
 
@@ -47,6 +49,10 @@ class GateLayout:
         noise: Shape (rows, most levels): mean squared step of each level, the last one repeated.
         row: Shape (gates,): the row of `noise` of each gate.
         elements: Shape (gates,): elements that share the gate.
+        harm: Like `noise`: what the loss is taken to be proportional to. Where the distortion of
+            the output was measured, that of the level, higher in rows with more noise; else noise.
+        share: Shape (rows,): the noise of a row by that of its quantizer; None where `harm` is
+            the noise.
     """
 
     quantizers: tuple[QuantizerFacts, ...]
@@ -57,6 +63,8 @@ class GateLayout:
     noise: Tensor
     row: Tensor
     elements: Tensor
+    harm: Tensor
+    share: Tensor | None = None
 
     @staticmethod
     def of(
@@ -75,6 +83,11 @@ class GateLayout:
         owner = torch.repeat_interleave(torch.arange(len(facts)), sizes)
         per_gate = torch.tensor([q.elements / q.gates for q in facts])
         levels = torch.tensor([len(q.bit_widths) for q in facts])
+        harm, share = torch.cat(noise), None
+        if all(tables[q.name].distortion is not None for q in facts):
+            measured = [_measured(tables[q.name], q.bit_widths) for q in facts]
+            harm = torch.cat([_padded(rows, most) for rows, _ in measured])
+            share = torch.cat([row for _, row in measured])
         return GateLayout(
             facts,
             (0, *np.cumsum(sizes.numpy()).tolist()),
@@ -84,6 +97,8 @@ class GateLayout:
             torch.cat(noise),
             torch.cat(row),
             per_gate[owner],
+            harm,
+            share,
         )
 
     def __iter__(self) -> Iterator[tuple[int, QuantizerFacts, slice]]:
@@ -119,16 +134,28 @@ class GateLayout:
         return self._adjacent.take(self._width_of + levels)
 
     def slopes(self, levels: Tensor) -> Slopes:
-        """How squared steps change from `levels` to their neighbours."""
+        """What one level less adds and one more saves, and by what the noise changes."""
         return Slopes(*self._slopes.index_select(1, self._noise_of + levels))
 
-    def noise_at(self, levels: Tensor) -> Tensor:
-        """Squared step of each gate at `levels`."""
-        return self.noise.take(self._noise_of + levels)
+    def loss(self, levels: Tensor, worth: Tensor) -> float:
+        """The loss that `levels` is estimated to add: `worth` times harm, summed."""
+        harm = self.harm.take(self._noise_of + levels)
+        return float((worth.double() * harm.double()).sum())
 
-    def loss(self, levels: Tensor, sensitivity: Tensor) -> float:
-        """The loss that `levels` is estimated to add: sensitivity times squared step, summed."""
-        return float((sensitivity.double() * self.noise_at(levels).double()).sum())
+    def worth(self, sensitivity: Tensor) -> Tensor:
+        """The loss per unit of harm of every gate, shape (gates,).
+
+        Where the distortion of the output was measured, it tells what a quantizer as a whole is
+        worth, and sensitivities how that is shared by its gates; else they tell all.
+
+        Args:
+            sensitivity: Shape (gates,), not negative: loss per squared step.
+        """
+        if self.share is None:
+            return sensitivity
+        known = sensitivity.clamp(min=_TINY)
+        total = torch.bincount(self.owner, known * self.share[self.row], len(self.quantizers))
+        return (known / total.to(known)[self.owner]).to(sensitivity)
 
     @cached_property
     def _width_of(self) -> Tensor:
@@ -148,11 +175,21 @@ class GateLayout:
     @cached_property
     def _slopes(self) -> Tensor:
         """The fields of `Slopes` at every level of every row of `noise`, shape (3, entries)."""
-        falls = self.noise[:, :-1] - self.noise[:, 1:]
         none = torch.zeros_like(self.noise[:, :1])
-        change = torch.cat([falls[:, :1], falls], 1) if falls.numel() else none
+        falls, noise = (t[:, :-1] - t[:, 1:] for t in (self.harm, self.noise))
+        change = torch.cat([noise[:, :1], noise], 1) if noise.numel() else none
         tables = (torch.cat([none, falls], 1), torch.cat([falls, none], 1), change)
         return torch.stack([t.clamp(min=0).reshape(-1) for t in tables])
+
+
+def _measured(table: RangeTable, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The harm, shape (levels, rows), and the share, shape (rows,), of a measured quantizer."""
+    assert table.distortion is not None
+    noise = table.noise.cpu().reshape(len(widths), -1)
+    mean = noise.mean(1, keepdim=True)
+    shares = torch.where(mean > 0, noise / mean.clamp(min=_TINY), torch.ones_like(noise))
+    lowest = next((level for level, bits in enumerate(widths) if bits > 0), 0)
+    return shares * table.distortion.to(noise)[:, None], shares[lowest]
 
 
 def _padded(noise: Tensor, size: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from cgmq_fx.cost_models import (
 from cgmq_fx.cost_models.errors import CheckpointError, OptionError
 from cgmq_fx.data import Signature, calibration_batches, example_inputs_of
 from cgmq_fx.directions import Direction, direction_of
+from cgmq_fx.distortion import with_distortion
 from cgmq_fx.history import GateRecord, Phase
 from cgmq_fx.passes.annotate import annotate
 from cgmq_fx.passes.attention import DecomposeAttention
@@ -95,7 +96,7 @@ class Prepared:
         check_feasible(self.facts, budget)
         references = Ledger(self.facts, budget, lowest_bits(self.facts)).references
         self.budget = budget.referring_to(references)
-        self._controller = self._calibrated([captured.inputs])
+        self._controller = self._controlled(self._ranges([captured.inputs]))
         self.model.train()
 
     @property
@@ -174,9 +175,13 @@ class Prepared:
             raise OptionError("calibrate before the first step: ranges have been trained since")
         signature = Signature.like(self._inputs, self.parameter_names)
         device = device_of(self.model)
-        self._controller = self._calibrated(
-            calibration_batches(data, signature, supervised=False, count=batches, device=device)
-        )
+        seen = calibration_batches(data, signature, supervised=False, count=batches, device=device)
+        tables = self._ranges(seen)
+        if self._direction.measured:
+            align_signs(self.model)
+            own = self._quantizers
+            tables = with_distortion(self.model, own, tables, seen[0], self.dynamic)
+        self._controller = self._controlled(tables)
 
     def step(self) -> None:
         """Move the gates; call it after `optimizer.step()`."""
@@ -211,8 +216,8 @@ class Prepared:
         The optimizer's state and the random state are not in it.
         """
         tables = {
-            name: {"log_ranges": t.log_ranges, "noise": t.noise, "power": t.power, "rows": t.rows}
-            for name, t in self._tables.items()
+            name: {field.name: getattr(table, field.name) for field in fields(table)}
+            for name, table in self._tables.items()
         }
         return {
             "model": {n: t.detach().clone() for n, t in self.model.state_dict().items()},
@@ -233,7 +238,11 @@ class Prepared:
             device = device_of(self.model)
             tables = {
                 name: RangeTable(
-                    t["log_ranges"].to(device), t["noise"].to(device), t["power"], t["rows"]
+                    t["log_ranges"].to(device),
+                    t["noise"].to(device),
+                    t["power"],
+                    t["rows"],
+                    t["distortion"],
                 )
                 for name, t in state["tables"].items()
             }
@@ -263,10 +272,10 @@ class Prepared:
         frozen.eval()
         return Result(frozen, verify(frozen, self._inputs, self.budget), self.budget, self._inputs)
 
-    def _calibrated(self, batches: list[ExampleInputs]) -> Controller:
+    def _ranges(self, batches: list[ExampleInputs]) -> dict[str, RangeTable]:
         own = self._quantizers
         inputs = frozenset(self.parameter_names) & frozenset(own)
-        return self._controlled(calibrate(self.model, own, batches, inputs))
+        return calibrate(self.model, own, batches, inputs)
 
     def _controlled(self, tables: Mapping[str, RangeTable]) -> Controller:
         self._tables = tables

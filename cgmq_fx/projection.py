@@ -91,21 +91,21 @@ class Projection:
         layout: The gates.
         ledger: The costs, at the bits of `levels`.
         levels: One entry per gate; changed in place.
-        sensitivity: Estimated loss per squared step, one entry per gate.
+        sensitivity: Estimated loss per unit of the layout's harm, one entry per gate.
     """
 
     layout: GateLayout
     ledger: Ledger
     levels: Levels
     sensitivity: Floats
-    _noise: Floats = field(init=False)
+    _harm: Floats = field(init=False)
     _owner: npt.NDArray[np.int64] = field(init=False)
     _row: npt.NDArray[np.int32] = field(init=False)
     _shares: Floats = field(init=False)
     _work: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self._noise = self.layout.noise.double().numpy()
+        self._harm = self.layout.harm.double().numpy()
         self._owner = self.layout.owner.numpy()
         self._row = self.layout.row.numpy()
         limits = np.array(self.ledger.limits)
@@ -185,7 +185,7 @@ class Projection:
 
     def _total(self) -> float:
         """The loss that the levels are estimated to add."""
-        return float((self.sensitivity * self._noise[self._row, self.levels]).sum())
+        return float((self.sensitivity * self._harm[self._row, self.levels]).sum())
 
     def _lower(self, heap: list[Entry], most: float) -> list[Move]:
         """Lower gates until the budget holds, by moves that together lose less than `most`."""
@@ -274,7 +274,7 @@ class Projection:
     def _losses(self, move: Move, step: int, chosen: npt.NDArray[np.intp]) -> Floats:
         """Loss added or saved by each gate."""
         gates = self.layout.starts[move[0]] + chosen
-        noise = self._noise[self._row[gates]]
+        noise = self._harm[self._row[gates]]
         change = np.abs(noise[:, move[1] + step] - noise[:, move[1]])
         found: Floats = self.sensitivity[gates] * change
         return found
