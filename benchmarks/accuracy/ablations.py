@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 import cgmq_fx
 from benchmarks.accuracy.cases import CASES, Files
 from benchmarks.lenet5 import accuracy
-from cgmq_fx import calibrate, controller, run, training
+from cgmq_fx import calibrate, controller, directions, run, training
 from cgmq_fx.calibrate import RangeTable
 from cgmq_fx.history import StepRecord
 from cgmq_fx.projection import Projection
@@ -126,6 +126,7 @@ PATCHES: dict[str, tuple[tuple[object, str, object], ...]] = {
     "learning rate never falls": ((run, "schedule", _constant),),
     "learning rate falls from the start": ((run, "schedule", _cosine),),
     "no exchanges after the projection": ((Projection, "exchange", lambda *_: None),),
+    "worth of bits from gradients alone": ((directions.Marginal, "measured", False),),
     "sensitivities of the last step only": ((controller, "_MEMORY", 0.0),),
     "search of a fifth of the time": ((training, "_SEARCH_SHARE", 0.2),),
     "search of two thirds of the time": ((training, "_SEARCH_SHARE", 0.67),),
