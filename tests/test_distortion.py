@@ -37,7 +37,8 @@ class Counts(nn.Module):
         self.layer = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x).argmax(1)
+        classes: Tensor = self.layer(x).argmax(1)
+        return classes
 
 
 def tables(
