@@ -10,6 +10,7 @@ import pytest
 
 from cgmq_fx.exporters import exporters
 from cgmq_fx.exporters.agreement import compare, trial_batches
+from cgmq_fx.exporters.certificate import verify_file
 from cgmq_fx.exporters.onnx_file import run_onnx
 from cgmq_fx.passes.lower import lower
 from tests.deploy_nets import deployed, inputs_of
@@ -73,11 +74,33 @@ def test_onnxruntime_computes_it_on_integer_kernels(
     assert agreement.argmax == 1.0
 
 
-def test_weights_are_bytes_and_biases_whole_numbers(file: Callable[[str, str], Path]) -> None:
-    model = onnx.load(file("lenet5", "tensor"))
-    kinds = {t.name: onnx.numpy_helper.to_array(t).dtype for t in model.graph.initializer}
-    assert {d for n, d in kinds.items() if n.endswith("weight_codes")} == {np.dtype(np.int8)}
-    assert {d for n, d in kinds.items() if n.endswith("bias_codes")} == {np.dtype(np.int32)}
+def kinds_of(path: Path, ending: str) -> list[str]:
+    """The types of the tensors whose names end so."""
+    tensors = [t for t in onnx.load(path).graph.initializer if t.name.endswith(ending)]
+    return [onnx.numpy_helper.to_array(t).dtype.name for t in tensors]
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "weights"),
+    [
+        ("mlp", "w8", ["uint8"] * 3),
+        ("mlp", "w2", ["int8"] * 3),
+        ("transformer", "w8", ["uint8"] * 5),
+        ("mlp", "w16", ["int16"] * 3),
+    ],
+)
+def test_weights_are_bytes_and_biases_whole_numbers(
+    name: str, scheme: str, weights: list[str], file: Callable[[str, str], Path]
+) -> None:
+    path = file(name, scheme)
+    assert sorted(kinds_of(path, "weight_codes")) == sorted(weights)
+    assert set(kinds_of(path, "bias_codes")) == {"int32"}
+    unread = {t.name for t in onnx.load(path).graph.initializer}
+    unread -= {name for node in onnx.load(path).graph.node for name in node.input}
+    assert not unread
+    result = deployed(name, scheme)
+    states = verify_file(path, result.budget).states
+    assert [s.value for s in states] == [s.value for s in result.cost.states]
 
 
 def test_nothing_of_the_user_s_machine_is_in_the_file(file: Callable[[str, str], Path]) -> None:

@@ -15,8 +15,9 @@ import numpy as np
 from torch import Tensor
 
 from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_exporter
-from cgmq_fx.exporters.onnx_file import OPSET, run_onnx, to_onnx
+from cgmq_fx.exporters.onnx_file import OPSET, drop_unread, run_onnx, to_onnx
 from cgmq_fx.exporters.onnx_reader import read_onnx
+from cgmq_fx.exporters.onnx_saturation import avoid_saturation
 from cgmq_fx.passes.capture import ExampleInputs
 
 OPSET_OF_INT2 = 25
@@ -51,17 +52,6 @@ def pack(model: Any) -> None:
     if smallest == OPSET_OF_INT2:
         model.graph.opset_imports[""] = OPSET_OF_INT2
         model.ir_version = IR_VERSION_OF_INT2
-    _drop_unread(model)
-
-
-def _drop_unread(model: Any) -> None:
-    """Drop the constants that only zero points were."""
-    for node in list(model.graph):
-        if node.op_type == "Constant" and not any(out.uses() for out in node.outputs):
-            model.graph.remove(node, safe=True)
-    for name, value in list(model.graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output():
-            del model.graph.initializers[name]
 
 
 def without_fusion(options: Any) -> None:
@@ -86,6 +76,8 @@ class Compact(Exporter):
 
         model = to_onnx(source)
         pack(model)
+        avoid_saturation(model)
+        drop_unread(model)
         ir.save(model, path)
 
     def read(self, path: Path) -> FileCost:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from cgmq_fx.cost_models.errors import ExportError
 from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_exporter
 from cgmq_fx.exporters.onnx_reader import read_onnx
+from cgmq_fx.exporters.onnx_saturation import avoid_saturation
 from cgmq_fx.exporters.program import exported_program, quiet
 from cgmq_fx.passes.absorb import AbsorbClamps
 from cgmq_fx.passes.capture import ExampleInputs
@@ -118,6 +119,16 @@ def without_notes(model: Any, manifest: str) -> Any:
     return model
 
 
+def drop_unread(model: Any) -> None:
+    """Drop constants that nothing reads, such as zero points of weights that got others."""
+    for node in list(model.graph):
+        if node.op_type == "Constant" and not any(out.uses() for out in node.outputs):
+            model.graph.remove(node, safe=True)
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]
+
+
 def run_onnx(
     path: Path, batches: Sequence[ExampleInputs], configure: Callable[[Any], None] | None = None
 ) -> list[list[Tensor]]:
@@ -160,7 +171,10 @@ class Portable(Exporter):
         """Write it through torch.onnx."""
         import onnx_ir as ir
 
-        ir.save(to_onnx(source), path)
+        model = to_onnx(source)
+        avoid_saturation(model)
+        drop_unread(model)
+        ir.save(model, path)
 
     def read(self, path: Path) -> FileCost:
         """Read its nodes and tensors with onnx."""

@@ -225,6 +225,9 @@ class _Reader:
         values = self._array(self._constants[codes])
         if values.dtype == np.int32:
             return self.graph.state(values.shape, torch.int32)
+        zero = self._constant(node.input[2]) if len(node.input) > 2 else None
+        if zero is not None:
+            values = values.astype(np.int16) - _single_zero(zero, node.name)
         layout = self._manifest.layout(codes)
         return self.graph.weight(values, _along(step.shape, values.ndim, axis), layout)
 
@@ -316,6 +319,13 @@ class _Reader:
             dtype = {self._kinds.INT64: torch.int64, self._kinds.INT32: torch.int32}
             return shape, dtype.get(element, torch.bool)
         return shape, torch.float32
+
+
+def _single_zero(zero: Array, name: str) -> int:
+    """The zero point of a weight: one number, however often it is written."""
+    if zero.size == 0 or (zero != zero.flat[0]).any():
+        raise ArtifactError(f"{name} reads a weight with several zero points")
+    return int(zero.flat[0])
 
 
 def _attributes(node: Any) -> dict[str, Any]:
