@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.table import Table
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -31,7 +29,10 @@ from cgmq_fx.passes.annotate import annotate
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.prepared import float_graph, quantized_graph
 from cgmq_fx.presets import TargetLike, deployment
-from cgmq_fx.terminal import columns, fitting, text_of
+from cgmq_fx.terminal import columns, escape, fitting, text_of, titled
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 DEFAULT_COSTS = "bops, macs, weights, activations"
 UNIFORM = (FLOAT_BITS, 8, 4, 2)
@@ -116,7 +117,7 @@ class Costs:
         return text_of([*tables, *self.facts.remarks, f"({CONVENTION})"], columns())
 
     def _layers(self, details: Sequence[str]) -> Table:
-        table = Table(title="Layers, in float", title_justify="left")
+        table = titled("Layers, in float")
         table.add_column("layer", overflow="fold", min_width=12)
         for detail in details:
             table.add_column(detail, no_wrap=True)
@@ -134,7 +135,7 @@ class Costs:
         return table
 
     def _totals(self) -> Table:
-        table = Table(title="Totals, every quantizer at the same bits", title_justify="left")
+        table = titled("Totals, every quantizer at the same bits")
         table.add_column("cost")
         for bits in self.rows[0].totals:
             header = "float" if bits == FLOAT_BITS else f"{bits} bits"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.table import Table
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -27,7 +25,10 @@ from cgmq_fx.data import example_inputs_of
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.prepared import float_graph, quantized_graph
 from cgmq_fx.presets import TargetLike, deployment
-from cgmq_fx.terminal import columns, fitting, text_of
+from cgmq_fx.terminal import columns, escape, fitting, text_of, titled
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _WIDTH = 120
 _EXACT = 1e4
@@ -86,13 +87,34 @@ class Explanation:
         """
         return all(entry.feasible for entry in self.ranges)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold; costs in the units of their cost models."""
+        return {
+            "feasible": self.feasible,
+            "constraints": [
+                {
+                    "constraint": str(entry.constraint),
+                    "unit": entry.constraint.model.unit,
+                    "limit": entry.limit,
+                    "floor": entry.floor,
+                    "ceiling": entry.ceiling,
+                    "uniform": {str(bits): value for bits, value in entry.uniform.items()},
+                    "feasible": entry.feasible,
+                    "dominated_by": entry.dominated_by,
+                }
+                for entry in self.ranges
+            ],
+            "remarks": list(self.remarks),
+            "convention": CONVENTION,
+        }
+
     def __str__(self) -> str:
         width = columns(_WIDTH)
         table = fitting(self._table, [f"{bits} bits" for bits in UNIFORM])
         return text_of([table, *self._footer()], width)
 
     def _table(self, details: Sequence[str]) -> Table:
-        table = Table(title="What the budget asks for", title_justify="left")
+        table = titled("What the budget asks for")
         table.add_column("constraint", overflow="fold", min_width=16)
         for column in ("floor", *details, "ceiling"):
             table.add_column(column, justify="right", no_wrap=True)

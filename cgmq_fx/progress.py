@@ -5,17 +5,14 @@ from __future__ import annotations
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-from rich.table import Table
-from rich.text import Text
-
 from cgmq_fx.callbacks import Callback
 from cgmq_fx.history import EpochRecord, StepRecord
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+
     from cgmq_fx.prepared import Prepared
 
 _REDRAW_SECONDS = 0.1
@@ -29,6 +26,10 @@ class Progress(Callback):
     """
 
     def __init__(self, console: Console | None = None) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
         self._console = console or Console(stderr=True)
         self._live: Live | None = None
         self._bar = Bar(
@@ -45,6 +46,8 @@ class Progress(Callback):
 
     def on_start(self, prepared: Prepared, steps: int) -> None:
         """Show the bar, if there is a terminal."""
+        from rich.live import Live
+
         self._prepared = prepared
         if self._console.is_terminal and steps:
             self._task = self._bar.add_task("search", total=steps)
@@ -55,6 +58,8 @@ class Progress(Callback):
         """Move the bar, ten times a second at most."""
         if self._live is None or monotonic() - self._drawn < _REDRAW_SECONDS:
             return
+        from rich.console import Group
+
         self._drawn = monotonic()
         loss = "" if record.loss is None else f"  loss {record.loss:.4g}"
         text = f"{record.phase}  epoch {self._epochs + 1}{loss}"
@@ -85,6 +90,9 @@ class Progress(Callback):
 
     def _constraints(self, record: StepRecord) -> Table:
         """A line per constraint: what it costs, its bound, and the cost as a share of the bound."""
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table.grid(padding=(0, 2))
         for state, share in zip(self._prepared.cost, record.costs, strict=True):
             style = "green" if state.satisfied else "red"

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.markup import escape
-from rich.table import Table
 
 from cgmq_fx.cost_models import FLOAT_BITS, ConstraintState, NodeFacts, Operand
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.result import Result
-from cgmq_fx.terminal import columns, fitting, text_of
+from cgmq_fx.terminal import columns, escape, fitting, text_of, titled
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _COLUMNS = ("layer", "op", "output", "W bits", "W range", "A bits", "A range", "MACs")
 _DETAILS = ("MACs", "op", "output", "A range", "W range")
@@ -87,7 +88,7 @@ def render(result: Result) -> str:
 def _node_table(result: Result, details: Sequence[str]) -> Table:
     """A row per compute node, with its share of every cost that is a sum over nodes."""
     report = result.cost
-    table = Table(title=escape(f"Quantized under {result.budget}"), title_justify="left")
+    table = titled(f"Quantized under {result.budget}")
     shown = [c for c in _COLUMNS if c not in _DETAILS or c in details]
     for column in shown:
         if column == "layer":
@@ -116,7 +117,7 @@ def other_quantizers(result: Result) -> list[str]:
 
 
 def _quantizer_table(result: Result, names: list[str]) -> Table:
-    table = Table(title="For adds, joins, pools and outputs", title_justify="left")
+    table = titled("For adds, joins, pools and outputs")
     for column in ("quantizer", "elements", "bits", "range"):
         table.add_column(column, justify="left" if column == "quantizer" else "right")
     for name in names:

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from cgmq_fx.result import Result
-from cgmq_fx.terminal import columns, text_of
+from cgmq_fx.terminal import columns, escape, text_of, titled
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from rich.table import Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +118,8 @@ class Sweep:
 
     def _table(self) -> Table:
         names = list(dict.fromkeys(name for point in self.points for name in point.costs))
-        table = Table("budget", title="Sweep", title_justify="left")
+        table = titled("Sweep")
+        table.add_column("budget")
         for name in (*names, self.points[0].measure[0], "front"):
             table.add_column(escape(name), justify="right", no_wrap=True)
         front = {id(point) for point in self.front}

@@ -19,7 +19,6 @@ from pickle import PicklingError
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -43,6 +42,7 @@ from cgmq_fx.prepared import float_graph, quantized_graph
 from cgmq_fx.presets import TargetLike, deployment
 from cgmq_fx.result import Result
 from cgmq_fx.sweep_result import Sweep, SweepPoint
+from cgmq_fx.terminal import note
 from cgmq_fx.training import Loss, Metric, OptimizerFactory, default_optimizer
 
 _MANIFEST = "sweep.json"
@@ -157,7 +157,7 @@ def sweep(
         _claim(kept, task.fingerprint())
         workers = min(_jobs(jobs, model), len(ordered))
         if workers == 1:
-            _run_stretch(task, ordered, kept, Console(stderr=True) if progress else None)
+            _run_stretch(task, ordered, kept, progress)
         else:
             _run_parallel(task, ordered, kept, workers)
         return Sweep(tuple(SweepPoint(b, load(_file(kept, b)), _kept(folder, b)) for b in ordered))
@@ -202,9 +202,7 @@ def _claim(folder: Path, fingerprint: str) -> None:
         )
 
 
-def _run_stretch(
-    task: _Task, budgets: Sequence[str], folder: Path, console: Console | None
-) -> None:
+def _run_stretch(task: _Task, budgets: Sequence[str], folder: Path, progress: bool) -> None:
     """Train the points that are not there yet, each from the one before it."""
     before: Result | None = None
     for number, budget in enumerate(budgets, 1):
@@ -212,10 +210,10 @@ def _run_stretch(
         if file.exists():
             before = load(file)
             continue
-        if console is not None:
-            console.print(f"point {number} of {len(budgets)}: {budget}", highlight=False)
+        if progress:
+            note(f"point {number} of {len(budgets)}: {budget}")
         running = file.with_suffix(".run")
-        before = task.run(budget, before, running, progress=console is not None)
+        before = task.run(budget, before, running, progress=progress)
         before.save(file)
         shutil.rmtree(running, ignore_errors=True)
 
@@ -249,7 +247,7 @@ def _work(task: _Task, budgets: Sequence[str], folder: Path, index: int, cores: 
     devices = _devices(task.model)
     if devices and isinstance(task.model, nn.Module):
         task.model.to(devices[index % len(devices)])
-    _run_stretch(task, budgets, folder, None)
+    _run_stretch(task, budgets, folder, progress=False)
 
 
 def _stretches(budgets: Sequence[str], count: int) -> Iterator[Sequence[str]]:

@@ -1,5 +1,6 @@
 """The command line: what a person sees, and the exit statuses."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 
 from cgmq_fx.cli import main
 from cgmq_fx.cost_models.target import target_names
+from cgmq_fx.presets import PRESETS
 
 LENET = ["explain", "benchmarks.lenet5:LeNet5", "--input", "2x1x28x28"]
 
@@ -76,11 +78,35 @@ def test_explain(arguments: tuple[str, ...], status: int, text: str) -> None:
     assert text in result.output
 
 
+@pytest.mark.parametrize(
+    ("budget", "status", "floor"), [("bops <= 1%", 0, 0.390625), ("bops <= 0.3%", 1, 0.390625)]
+)
+def test_scripts_get_json_or_nothing(budget: str, status: int, floor: float) -> None:
+    result = run(*LENET, "--budget", budget, "--json")
+    assert result.exit_code == status
+    found = json.loads(result.stdout)
+    assert found["feasible"] is (status == 0)
+    (entry,) = found["constraints"]
+    assert entry["floor"] / entry["ceiling"] * 100 == pytest.approx(floor)  # 2 x 2 of 32 x 32 bits
+    quiet = run(*LENET, "--budget", budget, "--quiet")
+    assert (quiet.exit_code, quiet.output) == (status, "")
+
+
+def test_targets_for_scripts() -> None:
+    found = {row["name"]: row for row in json.loads(run("targets", "--json").stdout)}
+    assert found.keys() == {*PRESETS, *target_names()}
+    assert found["cortex-m7"]["knows"] == ["latency"]
+    assert "8x8" in found["cortex-m7"]["runs"]
+    assert "onnx" in found["onnxruntime"]["formats"]
+
+
 @pytest.mark.parametrize("command", [(), *((name,) for name in main.commands)])
 def test_help_has_an_example(command: tuple[str, ...]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0
-    assert not command or f"cgmq-fx {command[0]}" in result.output
+    _, _, examples = result.output.partition("Example")
+    words = "completion bash" if command == ("completion",) else (command or ("quantize",))[0]
+    assert f"cgmq-fx {words}" in examples
 
 
 @pytest.mark.parametrize("good", [True, False])

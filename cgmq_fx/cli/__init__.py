@@ -24,7 +24,17 @@ from cgmq_fx.cli import (
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="cgmq-fx")
 def main() -> None:
-    """Quantize PyTorch models under hard bounds on what they cost."""
+    """Quantize PyTorch models under hard bounds on what they cost.
+
+    \b
+    Exit status of all commands: 0 done; 1 the budget is not, or cannot be, met;
+    2 a mistake in the command, the model, the data or a file;
+    3 training failed; 130 stopped by Ctrl-C.
+
+    \b
+    Example:
+        cgmq-fx quantize mynet:make --data mynet:batches --budget "bops <= 1%"
+    """  # noqa: D301 - click wants the backspace
 
 
 for _module in (quantize, explain, cost, show, sweep, targets, export, verify, completion):

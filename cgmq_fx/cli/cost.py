@@ -10,7 +10,7 @@ import click
 
 from cgmq_fx.cli import options
 from cgmq_fx.cli.common import reported
-from cgmq_fx.cli.loading import load_model, tensor
+from cgmq_fx.cli.loading import load_model
 
 
 @click.command("cost", short_help="Count what a model costs, without training.")
@@ -24,7 +24,7 @@ from cgmq_fx.cli.loading import load_model, tensor
 @options.inputs
 @options.state
 @options.scheme
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@options.as_json
 @reported
 def command(
     model: str,
@@ -48,6 +48,6 @@ def command(
     from cgmq_fx.costing import cost
 
     scheme = options.scheme_of(**chosen)
-    inputs = tuple(tensor(shape) for shape in shapes) or None
+    inputs = options.inputs_of(shapes)
     found = cost(load_model(model, state), inputs, costs, scheme=scheme, target=targets)
     click.echo(json.dumps(found.as_dict(), indent=1) if as_json else str(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import click
 
 from cgmq_fx.cli import options
 from cgmq_fx.cli.common import INFEASIBLE, reported
-from cgmq_fx.cli.loading import load_model, tensor
+from cgmq_fx.cli.loading import load_model
 
 
 @click.command("explain", short_help="Say what a budget asks, before training.")
@@ -18,6 +19,7 @@ from cgmq_fx.cli.loading import load_model, tensor
 @options.inputs
 @options.state
 @options.scheme
+@options.loudness
 @reported
 def command(
     model: str,
@@ -25,6 +27,8 @@ def command(
     shapes: tuple[str, ...],
     state: Path | None,
     targets: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
     **chosen: Any,
 ) -> None:
     """Say what a budget asks of a model, before any training.
@@ -40,8 +44,11 @@ def command(
     from cgmq_fx.explanation import explain
 
     scheme = options.scheme_of(**chosen)
-    inputs = tuple(tensor(shape) for shape in shapes) or None
+    inputs = options.inputs_of(shapes)
     found = explain(load_model(model, state), budget, inputs, scheme=scheme, target=targets)
-    click.echo(str(found))
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), indent=1))
+    elif not quiet:
+        click.echo(str(found))
     if not found.feasible:
         raise SystemExit(INFEASIBLE)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cgmq_fx.cli import options
 from cgmq_fx.cli.common import reported
 from cgmq_fx.cli.loading import load_data
 
@@ -17,10 +18,16 @@ from cgmq_fx.cli.loading import load_data
 @click.option("--format", "form", help="The format, where the suffix of OUT does not say it.")
 @click.option("--data", help="Batches to compare on: package.module:loader, or mnist.")
 @click.option("--no-run", is_flag=True, help="Do not run the file in its runtime and compare.")
-@click.option("--json", "as_json", is_flag=True, help="Print the certificate as JSON.")
+@options.loudness
 @reported
 def command(
-    file: Path, out: Path, form: str | None, data: str | None, no_run: bool, as_json: bool
+    file: Path,
+    out: Path,
+    form: str | None,
+    data: str | None,
+    no_run: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Write OUT, which a runtime executes, from FILE, a model.safetensors of quantize.
 
@@ -40,5 +47,5 @@ def command(
     written = export(load(file), out, form, verify=not no_run, samples=samples)
     if as_json:
         click.echo(json.dumps(written.certificate.to_json(), indent=1))
-    else:
+    elif not quiet:
         click.echo(str(written))

@@ -10,8 +10,11 @@ import click
 from click.shell_completion import CompletionItem
 
 from cgmq_fx.cli.common import numbers
+from cgmq_fx.cli.loading import load_data, load_loss, tensor
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cgmq_fx.passes.scheme import Scheme
 
 _F = TypeVar("_F", bound=Callable[..., None])
@@ -81,7 +84,7 @@ scheme = _together(
     ),
 )
 
-training = _together(
+_training = _together(
     click.option(
         "--data",
         help="Batches: package.module:loader, or mnist. Without it, random inputs.",
@@ -105,10 +108,52 @@ inputs = click.option(
     help="Shape of an input, as 1x3x32x32 or 1x16:int64; repeatable.",
 )
 
+run = _together(_training, inputs, state, scheme)
+"""What all commands that train have."""
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
 loudness = _together(
-    click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
-    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."), as_json
 )
+
+
+def arguments_of(
+    data: str | None,
+    val_data: str | None,
+    loss: str,
+    epochs: int,
+    seed: int,
+    shapes: tuple[str, ...],
+    targets: tuple[str, ...],
+    **chosen: Any,
+) -> dict[str, Any]:
+    """What the options of `run` are to `quantize` and `sweep`, but for the model.
+
+    Raises:
+        OptionError: If they make no sense, or name what is not there.
+    """
+    chosen_scheme = scheme_of(**chosen)
+    batches = load_data(data, val_data)
+    return {
+        "train_data": batches.train,
+        "loss": load_loss(loss),
+        "val_data": batches.validation,
+        "epochs": epochs,
+        "example_inputs": inputs_of(shapes),
+        "scheme": chosen_scheme,
+        "target": targets,
+        "seed": seed,
+    }
+
+
+def inputs_of(shapes: tuple[str, ...]) -> tuple[Tensor, ...] | None:
+    """Example inputs of these shapes; None without any.
+
+    Raises:
+        OptionError: If one is no shape.
+    """
+    return tuple(map(tensor, shapes)) or None
 
 
 def scheme_of(

@@ -10,23 +10,20 @@ import click
 
 from cgmq_fx.cli import options
 from cgmq_fx.cli.common import reported
-from cgmq_fx.cli.loading import load_data, load_loss, load_model, tensor
+from cgmq_fx.cli.loading import load_model
 from cgmq_fx.cli.output import prepare_folder, write_result
 
 
 @click.command("quantize", short_help="Quantize a model under a budget.")
 @options.model
 @click.option("--budget", required=True, help=options.BUDGET_HELP)
-@options.training
-@options.inputs
-@options.state
-@options.scheme
+@options.run
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("quantized"),
     show_default=True,
-    help="Folder for the model, the report and the plots; files in it are replaced.",
+    help="Folder for the model and the reports; files in it are replaced.",
 )
 @click.option(
     "--checkpoint",
@@ -38,18 +35,11 @@ from cgmq_fx.cli.output import prepare_folder, write_result
 def command(
     model: str,
     budget: str,
-    data: str | None,
-    val_data: str | None,
-    loss: str,
-    epochs: int,
-    seed: int,
-    shapes: tuple[str, ...],
     state: Path | None,
     out: Path,
     checkpoint: Path | None,
     quiet: bool,
     as_json: bool,
-    targets: tuple[str, ...],
     **chosen: Any,
 ) -> None:
     """Quantize a trained model so that it costs at most what the budget says.
@@ -78,23 +68,15 @@ def command(
     from cgmq_fx.cost_models.errors import TrainingError
     from cgmq_fx.driver import quantize
 
-    scheme = options.scheme_of(**chosen)
+    arguments = options.arguments_of(**chosen)
     prepare_folder(out)
-    batches = load_data(data, val_data)
     try:
         result = quantize(
             load_model(model, state),
             budget,
-            batches.train,
-            loss=load_loss(loss),
-            val_data=batches.validation,
-            epochs=epochs,
-            example_inputs=tuple(tensor(shape) for shape in shapes) or None,
-            scheme=scheme,
-            target=targets,
             progress=not quiet,
-            seed=seed,
             checkpoint=checkpoint,
+            **arguments,
         )
     except TrainingError as error:
         if error.result is not None:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import click
 
+from cgmq_fx.cli import options
 from cgmq_fx.cli.common import reported
 
 
 @click.command("show", short_help="Show a saved result.")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@options.as_json
 @click.option(
     "--plots",
     type=click.Path(file_okay=False, path_type=Path),

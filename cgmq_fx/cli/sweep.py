@@ -10,7 +10,7 @@ import click
 
 from cgmq_fx.cli import options
 from cgmq_fx.cli.common import reported
-from cgmq_fx.cli.loading import load_data, load_loss, load_model, tensor
+from cgmq_fx.cli.loading import load_model
 from cgmq_fx.cli.output import prepare_folder
 
 
@@ -19,10 +19,7 @@ from cgmq_fx.cli.output import prepare_folder
 @click.option(
     "--budget", "budgets", required=True, multiple=True, help="One point; repeat it for each."
 )
-@options.training
-@options.inputs
-@options.state
-@options.scheme
+@options.run
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
@@ -40,14 +37,7 @@ from cgmq_fx.cli.output import prepare_folder
 def command(
     model: str,
     budgets: tuple[str, ...],
-    data: str | None,
-    val_data: str | None,
-    loss: str,
-    epochs: int,
-    seed: int,
-    shapes: tuple[str, ...],
     state: Path | None,
-    targets: tuple[str, ...],
     jobs: int | None,
     out: Path,
     quiet: bool,
@@ -61,7 +51,7 @@ def command(
 
     \b
     Exit status: 0 done; 1 a budget cannot be met; 2 a mistake in the command,
-    the model or the data; 3 training failed.
+    the model or the data; 3 training failed; 130 stopped by Ctrl-C.
 
     \b
     Example:
@@ -70,23 +60,15 @@ def command(
     """  # noqa: D301 - click wants the backspace
     from cgmq_fx.sweeping import sweep
 
-    scheme = options.scheme_of(**chosen)
+    arguments = options.arguments_of(**chosen)
     prepare_folder(out)
-    batches = load_data(data, val_data)
     found = sweep(
         load_model(model, state),
         budgets,
-        batches.train,
-        loss=load_loss(loss),
-        val_data=batches.validation,
-        epochs=epochs,
-        example_inputs=tuple(tensor(shape) for shape in shapes) or None,
-        scheme=scheme,
-        target=targets,
         progress=not quiet,
-        seed=seed,
         folder=out,
         jobs=jobs,
+        **arguments,
     )
     if as_json:
         click.echo(json.dumps(found.rows(), indent=1))

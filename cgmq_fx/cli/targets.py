@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from cgmq_fx.cli import options
 from cgmq_fx.cli.common import reported
 
 if TYPE_CHECKING:
     from cgmq_fx.cost_models import Target
+    from cgmq_fx.cost_models.target import Row
     from cgmq_fx.presets import Preset
 
 
 @click.command("targets", short_help="List the presets and chips that come with the library.")
+@options.as_json
 @reported
-def command() -> None:
+def command(as_json: bool) -> None:
     """List the presets and chips that come with the library: what --target takes.
 
     A preset says what a runtime can execute; a chip says what its operations cost, with the source
@@ -29,9 +33,33 @@ def command() -> None:
     from cgmq_fx.cost_models.target import load_target, target_names
     from cgmq_fx.presets import PRESETS
 
-    entries = [_preset(preset) for preset in PRESETS.values()]
-    entries += [_chip(load_target(name)) for name in target_names()]
-    click.echo("\n\n".join(entries))
+    chips = [load_target(name) for name in target_names()]
+    if as_json:
+        click.echo(
+            json.dumps([*map(_preset_row, PRESETS.values()), *map(_chip_row, chips)], indent=1)
+        )
+    else:
+        click.echo("\n\n".join([*map(_preset, PRESETS.values()), *map(_chip, chips)]))
+
+
+def _preset_row(preset: Preset) -> dict[str, Any]:
+    return {
+        "name": preset.name,
+        "kind": "preset",
+        "description": preset.description,
+        "formats": list(preset.formats),
+    }
+
+
+def _chip_row(target: Target) -> dict[str, Any]:
+    return {
+        "name": target.name,
+        "kind": "chip",
+        "description": target.description,
+        "source": target.source,
+        "runs": _pairs(target),
+        "knows": _known(target),
+    }
 
 
 def _preset(preset: Preset) -> str:
@@ -44,18 +72,29 @@ def _preset(preset: Preset) -> str:
 
 def _chip(target: Target) -> str:
     """The name, what it runs and knows, and its description with the source."""
-    rows = [row for rows in target.tables.values() for row in rows]
-    pairs = dict.fromkeys(f"{row.weight}x{row.activation}" for row in rows)
-    latency = target.clock and any(row.cycles for row in rows)
-    energy = any(row.picojoules for row in rows)
-    known = [word for word, there in (("latency", latency), ("energy", energy)) if there]
     lines = [
-        f"runs (weight x activation bits): {', '.join(pairs)}",
-        f"knows: {', '.join(known)}",
+        f"runs (weight x activation bits): {', '.join(_pairs(target))}",
+        f"knows: {', '.join(_known(target))}",
         target.description,
         f"source: {target.source}",
     ]
     return _entry(f"{target.name} (chip)", lines)
+
+
+def _pairs(target: Target) -> list[str]:
+    """Weight x activation bits that it runs, each once."""
+    return list(dict.fromkeys(f"{row.weight}x{row.activation}" for row in _rows(target)))
+
+
+def _known(target: Target) -> list[str]:
+    """The costs that its figures are enough for."""
+    latency = target.clock and any(row.cycles for row in _rows(target))
+    energy = any(row.picojoules for row in _rows(target))
+    return [word for word, there in (("latency", latency), ("energy", energy)) if there]
+
+
+def _rows(target: Target) -> list[Row]:
+    return [row for rows in target.tables.values() for row in rows]
 
 
 def _entry(title: str, lines: list[str]) -> str:

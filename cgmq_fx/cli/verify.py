@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from cgmq_fx.cli import options
 from cgmq_fx.cli.common import INFEASIBLE, reported
 
 
@@ -15,9 +16,9 @@ from cgmq_fx.cli.common import INFEASIBLE, reported
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--budget", help="The bounds to check; by default those that the file states.")
 @click.option("--target", help="The chip for latency and energy: a name or a JSON file.")
-@click.option("--json", "as_json", is_flag=True, help="Print a certificate as JSON.")
+@options.loudness
 @partial(reported, status=INFEASIBLE)
-def command(file: Path, budget: str | None, target: str | None, as_json: bool) -> None:
+def command(file: Path, budget: str | None, target: str | None, quiet: bool, as_json: bool) -> None:
     """Check what an exported FILE costs, from the file alone.
 
     Bits are read from its tensors and clamps, multiply-accumulates from its shapes. It needs
@@ -35,7 +36,7 @@ def command(file: Path, budget: str | None, target: str | None, as_json: bool) -
     found = verify_file(file, budget, target=None if target is None else load_target(target))
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=1))
-    else:
+    elif not quiet:
         for state in found.states:
             click.echo(str(state))
         if found.unknown:
