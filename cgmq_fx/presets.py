@@ -12,13 +12,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from torch.fx import GraphModule
+from torch import Tensor
+from torch.fx import GraphModule, Node
 
 from cgmq_fx.cost_models import Target, load_target, target_names
 from cgmq_fx.cost_models.errors import OptionError, UnknownTargetError, UnsupportedModelError
 from cgmq_fx.passes.infra import place
 from cgmq_fx.passes.scheme import Granularity, Scheme
-from cgmq_fx.passes.state import is_float
+from cgmq_fx.passes.state import value_of
 from cgmq_fx.runtime_ops import HLS4ML, HLS4ML_RULES, XNNPACK_RULES, Rule
 
 _CONTAINER = tuple(range(2, 9))
@@ -83,8 +84,8 @@ class Preset:
         rules = dict(self.rules)
         foreign: dict[str, str] = {}
         for node in module.graph.nodes if self.ops or rules else ():
-            name = getattr(node.target, "_opname", "") if node.op == "call_function" else ""
-            if not name or not is_float(node):
+            name = float_op(node)
+            if not name:
                 continue
             foreign_op = bool(self.ops) and name not in self.ops
             reason = rules[name](node) if name in rules and not foreign_op else None
@@ -121,6 +122,15 @@ class Preset:
 
     def _refused(self, what: str, instead: str) -> OptionError:
         return OptionError(f"the target {self.name} cannot execute {what}; it takes {instead}")
+
+
+def float_op(node: Node) -> str:
+    """The name of the op that makes a float tensor, or several; empty for any other node."""
+    name = getattr(node.target, "_opname", "") if node.op == "call_function" else ""
+    made = value_of(node)
+    parts = made if isinstance(made, tuple | list) else [made]
+    found = any(isinstance(part, Tensor) and part.is_floating_point() for part in parts)
+    return str(name) if found else ""
 
 
 def _nest(widths: Sequence[int]) -> bool:

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import cgmq_fx
-from benchmarks.export_ops import OPS
+from benchmarks.op_nets import OPS
 from cgmq_fx import PRESETS, OptionError, Preset, Scheme, TargetError, UnsupportedModelError
 from cgmq_fx.cli import main
 from cgmq_fx.cost_models import load_target, target_names
