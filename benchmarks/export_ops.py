@@ -91,7 +91,9 @@ def main() -> None:
 @main.command("try")
 @click.argument("preset", type=click.Choice([n for n in PRESETS if n != "none"]))
 @click.option("--op", "names", multiple=True, type=click.Choice(list(OPS)))
-@click.option("--branches", default=1, show_default=True, help="Ops that share a net: faster.")
+@click.option(
+    "--branches", default=1, show_default=True, help="Ops that share a net, until it fails."
+)
 @click.option("--rows", type=click.Path(path_type=Path), help="File that results are added to.")
 def try_ops(preset: str, names: tuple[str, ...], branches: int, rows: Path | None) -> None:
     """Try ops, all by default."""
@@ -103,11 +105,17 @@ def try_ops(preset: str, names: tuple[str, ...], branches: int, rows: Path | Non
     chosen = [name for name in names or OPS if name not in known]
     alone = [[name] for name in chosen if branches == 1 or OPS[name].function is None]
     shared = [name for name in chosen if [name] not in alone]
-    for group in (*batched(shared, branches), *alone):
+    waiting = [*batched(shared, branches), *alone]
+    while waiting:
+        group = list(waiting.pop(0))
         net = OPS[group[0]] if len(group) == 1 else together(group)
         with tempfile.TemporaryDirectory() as folder:
             found = tried(net, PRESETS[preset], Path(folder))
         click.echo(f"{', '.join(group):30} {found}")
+        if len(group) > 1 and not found.startswith("ok"):
+            half = len(group) // 2
+            waiting = [group[:half], group[half:], *waiting]
+            continue
         for name in group if rows is not None else ():
             entry = {"preset": preset, "tried": name, "ops": aten_ops(OPS[name]), "found": found}
             with rows.open("a") as file:  # type: ignore[union-attr]

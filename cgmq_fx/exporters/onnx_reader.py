@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,11 +58,7 @@ def _manifest(model: Any, path: Path) -> Manifest:
     texts = [p.value for p in model.metadata_props if p.key == MANIFEST]
     if len(texts) != 1:
         raise ArtifactError(f"{path} is an ONNX file, but not one that cgmq_fx exported")
-    try:
-        data = json.loads(texts[0])
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"the manifest of {path} is no JSON: {error}") from error
-    return Manifest.from_json(data, str(path))
+    return Manifest.from_text(texts[0], str(path))
 
 
 def _with_shapes(model: Any, batch: int) -> Any:
