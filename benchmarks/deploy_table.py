@@ -1,18 +1,19 @@
 """Every format, every kind of net: size, agreement with the graph, and time in the runtime.
 
-    python -m benchmarks.deploy_table run --rows rows.jsonl
+    python -m benchmarks.deploy_table run --rows rows.jsonl --files folder
+    python -m benchmarks.deploy_table time --rows rows.jsonl --files folder
     python -m benchmarks.deploy_table show --rows rows.jsonl
 
 Runtimes pin packages that exclude each other, so `run` writes the rows of the formats that are
 installed and leaves the others as they are: run it in every environment with the same file, then
 `show` prints the table. Ranges of activations are cut to 0.7 of what was calibrated, so that values
-are clipped. Times are medians for one sample on one thread; what is compared takes turns with the
-float model in PyTorch, whose time in the same run is the unit.
+are clipped. `time` takes seconds, for a quiet moment. Times are medians for one sample on one
+thread; what is compared takes turns with the float model in PyTorch, whose time in the same run is
+the unit.
 """
 
 import json
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -114,14 +115,19 @@ def milliseconds(runners: dict[str, Runner]) -> dict[str, float]:
     return {name: statistics.median(own[WARM_UP:]) for name, own in times.items()}
 
 
+def file_of(folder: Path, entry: dict[str, Any]) -> Path:
+    """Where the file of a row is."""
+    words = (entry["net"], *entry["scheme"].split(), entry["format"])
+    return folder / f"{'-'.join(words)}{exporters()[entry['format']].suffix}"
+
+
 def row(exporter: Exporter, name: str, scheme: str, folder: Path) -> dict[str, Any]:
     """Export a net, and measure."""
     result = deployed(name, scheme)
     start = {"format": exporter.name, "net": name, "scheme": scheme}
-    suffix = exporter.suffix.lstrip(".")
     try:
         exported = result.export(
-            folder / f"{name}.{suffix}", exporter.name, samples=[inputs_of(name, 32).args[0]]
+            file_of(folder, start), exporter.name, samples=[inputs_of(name, 32).args[0]]
         )
     except CgmqError as error:
         return start | {"error": " ".join(str(error).split())[:200]}
@@ -130,13 +136,17 @@ def row(exporter: Exporter, name: str, scheme: str, folder: Path) -> dict[str, A
     counted = count(result.model, result.inputs, WEIGHTS).states[0].value
     found = start | vars(agreement)
     found |= {"bytes": exported.certificate.size, "weights": counted}
-    found |= {"counted_from_file": exported.certificate.from_file}
-    inputs = inputs_of(name, 1)
-    run = runner(exporter.name, exported.path, inputs)
-    if run is not None:
-        times = milliseconds({"float": _module(float_net(name), inputs), "file": run})
-        found |= {"ms": times["file"], "float_ms": times["float"]}
-    return found
+    return found | {"counted_from_file": exported.certificate.from_file}
+
+
+def timed(entry: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A row with the time of its file, and that of the float model."""
+    inputs = inputs_of(entry["net"], 1)
+    run = runner(entry["format"], path, inputs)
+    if run is None:
+        return {}
+    times = milliseconds({"float": _module(float_net(entry["net"]), inputs), "file": run})
+    return entry | {"ms": times["file"], "float_ms": times["float"]}
 
 
 def _key(entry: dict[str, Any]) -> tuple[str, str, str]:
@@ -168,28 +178,61 @@ def main() -> None:
     """Measure and show."""
 
 
-@main.command()
-@click.option("--rows", type=click.Path(path_type=Path), required=True)
-@click.option("--format", "formats", multiple=True)
-@click.option("--net", "nets", multiple=True)
-def run(rows: Path, formats: tuple[str, ...], nets: tuple[str, ...]) -> None:
-    """Measure the formats that are installed."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+_ROWS = click.option("--rows", type=click.Path(path_type=Path), required=True)
+_FILES = click.option("--files", type=click.Path(path_type=Path, exists=True), required=True)
+
+
+def installed() -> list[Exporter]:
+    """The formats whose packages are there."""
+    found = []
     for name, exporter in exporters().items():
         try:
             exporter.check_installed()
         except CgmqError as error:
             click.echo(f"{name}: left out: {error}")
-            continue
-        for net, scheme in FPGA if name == "qonnx" else CASES:
-            if (formats and name not in formats) or (nets and net not in nets):
+        else:
+            found.append(exporter)
+    return found
+
+
+@main.command()
+@_ROWS
+@_FILES
+@click.option("--format", "formats", multiple=True)
+@click.option("--net", "nets", multiple=True)
+def run(rows: Path, files: Path, formats: tuple[str, ...], nets: tuple[str, ...]) -> None:
+    """Export in the formats that are installed, and compare; what was done is not done again."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    done = read_rows(rows)
+    for exporter in installed():
+        for net, scheme in FPGA if exporter.name == "qonnx" else CASES:
+            wanted = (not formats or exporter.name in formats) and (not nets or net in nets)
+            if not wanted or (net, scheme, exporter.name) in done:
                 continue
-            with tempfile.TemporaryDirectory() as folder:
-                found = row(exporter, net, scheme, Path(folder))
+            found = row(exporter, net, scheme, files)
             with rows.open("a") as file:
                 file.write(json.dumps(found) + "\n")
-            click.echo(f"{name:12} {net:12} {scheme:16} {_cell(found)}")
+            click.echo(f"{exporter.name:12} {net:12} {scheme:16} {_cell(found)}")
+
+
+@main.command("time")
+@_ROWS
+@_FILES
+def measure(rows: Path, files: Path) -> None:
+    """Measure the files of the formats that are installed."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    names = {exporter.name for exporter in installed()}
+    for entry in read_rows(rows).values():
+        path = file_of(files, entry)
+        found = timed(entry, path) if entry["format"] in names and path.exists() else {}
+        if found:
+            with rows.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+            click.echo(
+                f"{found['format']:12} {found['net']:12} {found['scheme']:16} {_cell(found)}"
+            )
 
 
 @main.command()

@@ -12,19 +12,23 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from torch.fx import GraphModule
+from torch import Tensor
+from torch.fx import GraphModule, Node
 
 from cgmq_fx.cost_models import Target, load_target, target_names
 from cgmq_fx.cost_models.errors import OptionError, UnknownTargetError, UnsupportedModelError
 from cgmq_fx.passes.infra import place
+from cgmq_fx.passes.opaque import OpaqueCall
 from cgmq_fx.passes.scheme import Granularity, Scheme
-from cgmq_fx.passes.state import is_float
+from cgmq_fx.passes.state import value_of
 from cgmq_fx.runtime_ops import HLS4ML, HLS4ML_RULES, XNNPACK_RULES, Rule
 
 _CONTAINER = tuple(range(2, 9))
 """Bit-widths of codes that a runtime with 8-bit tensors holds."""
 
 _DEFAULTS = Scheme()
+_FEW = 24
+"""How many ops a message lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,22 +84,42 @@ class Preset:
         Raises:
             UnsupportedModelError: Naming the nodes that it does not execute, and where they are.
         """
-        rules = dict(self.rules)
         foreign: dict[str, str] = {}
-        for node in module.graph.nodes if self.ops or rules else ():
-            name = getattr(node.target, "_opname", "") if node.op == "call_function" else ""
-            if not name or not is_float(node):
-                continue
-            foreign_op = bool(self.ops) and name not in self.ops
-            reason = rules[name](node) if name in rules and not foreign_op else None
-            if foreign_op or reason:
-                said = f"{name} {reason}" if reason else name
+        for node in module.graph.nodes:
+            said = self._foreign(module, node)
+            if said:
                 foreign.setdefault(said, f"{said} ({place(node) or node.name})")
         if foreign:
+            listed = "; ".join(foreign.values())
             raise UnsupportedModelError(
-                f"the target {self.name} cannot execute {'; '.join(foreign.values())}"
-                + (f"; it takes {', '.join(self.ops)}" if self.ops else "")
+                f"the target {self.name} cannot execute {listed}; {self._known}"
             )
+
+    def _foreign(self, module: GraphModule, node: Node) -> str | None:
+        """What a node does that the runtime does not execute, or was never seen to."""
+        if node.op == "call_module" and self.formats:
+            owner = module.get_submodule(str(node.target))
+            return f"{owner.path}, kept as it is" if isinstance(owner, OpaqueCall) else None
+        name = float_op(node)
+        if not name:
+            return None
+        if self.ops and name not in self.ops:
+            return name
+        rule = dict(self.rules).get(name)
+        reason = rule(node) if rule is not None else None
+        return f"{name} {reason}" if reason else None
+
+    @property
+    def _known(self) -> str:
+        """What can be done about an op that is refused."""
+        if not self.ops:
+            return "write it with what can be captured and executed"
+        if len(self.ops) <= _FEW:
+            return f"it takes {', '.join(self.ops)}"
+        return (
+            f"it takes what was tried there, PRESETS[{self.name!r}].ops; to try another op, give "
+            f"dataclasses.replace(PRESETS[{self.name!r}], ops=()) as the target: export compares"
+        )
 
     def _check(self, scheme: Scheme) -> None:
         ends = [bits for bits in (scheme.input_bits, scheme.output_bits) if bits is not None]
@@ -121,6 +145,15 @@ class Preset:
 
     def _refused(self, what: str, instead: str) -> OptionError:
         return OptionError(f"the target {self.name} cannot execute {what}; it takes {instead}")
+
+
+def float_op(node: Node) -> str:
+    """The name of the op that makes a float tensor, or several; empty for any other node."""
+    name = getattr(node.target, "_opname", "") if node.op == "call_function" else ""
+    made = value_of(node)
+    parts = made if isinstance(made, tuple | list) else [made]
+    found = any(isinstance(part, Tensor) and part.is_floating_point() for part in parts)
+    return str(name) if found else ""
 
 
 def _nest(widths: Sequence[int]) -> bool:

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-_OFFSETS = {torch.uint8: 128, torch.uint16: 32768}
-
 
 @torch.library.custom_op("cgmq_fx::quantize", mutates_args=())
 def quantize(
@@ -126,15 +124,15 @@ def container(low: int, high: int, offset: bool = False) -> tuple[torch.dtype, i
     Args:
         low: Lowest code.
         high: Highest code.
-        offset: Whether codes below zero are stored in an unsigned container.
+        offset: Whether codes below zero are stored in an unsigned container; its 0 is the lowest
+            code, so that what is stored is as small as it can be.
     """
     if low >= 0:
         fits = ((torch.uint8, 2**8), (torch.uint16, 2**16))
         return next((dtype for dtype, end in fits if high < end), torch.int32), 0
     half = next((bits for bits in (7, 15) if -(2**bits) <= low and high < 2**bits), 31)
     if offset and half < 31:
-        unsigned = torch.uint8 if half == 7 else torch.uint16
-        return unsigned, _OFFSETS[unsigned]
+        return (torch.uint8 if half == 7 else torch.uint16), -low
     return {7: torch.int8, 15: torch.int16, 31: torch.int32}[half], 0
 
 

@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from benchmarks.op_nets import OPS
+from cgmq_fx import Scheme, prepare
 from cgmq_fx.exporters import exporters
 from cgmq_fx.exporters.agreement import compare, trial_batches
 from cgmq_fx.exporters.certificate import verify_file
 from cgmq_fx.exporters.onnx_file import run_onnx
 from cgmq_fx.passes.lower import lower
 from tests.deploy_nets import deployed, inputs_of
-from tests.nets import call
+from tests.nets import NETS, call
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -117,10 +120,18 @@ def test_versions_are_ones_that_runtimes_take(file: Callable[[str, str], Path]) 
     assert {o.domain: o.version for o in model.opset_import} == {"": 21}
 
 
-def test_keyword_inputs_and_nested_outputs_keep_their_order(tmp_path: Path) -> None:
-    from cgmq_fx import Scheme, prepare
-    from tests.nets import NETS
+@pytest.mark.parametrize("name", ["glu", "gru", "unbind"])
+def test_ops_with_several_outputs_are_counted(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = OPS[name]
+    prepared = prepare(net.build().eval(), "bops <= 100%", net.inputs(), target="onnxruntime")
+    result = prepared.finalize()
+    certificate = result.export(tmp_path / "net.onnx").certificate
+    assert certificate.from_file
+    assert [s.value for s in certificate.states] == [s.value for s in result.cost.states]
 
+
+def test_keyword_inputs_and_nested_outputs_keep_their_order(tmp_path: Path) -> None:
     for name in ("keywords", "nested"):
         net = NETS[name]
         scheme = Scheme((4, 8))

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import cgmq_fx
-from benchmarks.export_ops import OPS
+from benchmarks.op_nets import OPS, Between
 from cgmq_fx import PRESETS, OptionError, Preset, Scheme, TargetError, UnsupportedModelError
 from cgmq_fx.cli import main
 from cgmq_fx.cost_models import load_target, target_names
@@ -22,6 +22,7 @@ from cgmq_fx.prepared import float_graph
 from cgmq_fx.presets import NONE, deployment
 from tests.deploy_nets import float_net, inputs_of
 from tests.nets import quantizers, small_classifier
+from tests.test_opaque import Block, Outlier
 
 RUNTIMES = [name for name in PRESETS if name != "none"]
 
@@ -123,6 +124,23 @@ def test_what_an_exporter_does_not_take_is_refused_before_training(
     net = OPS[op]
     with pytest.raises(UnsupportedModelError, match=f"target {name} cannot execute .*{message}"):
         graph_of(net.build(), net.inputs(), name)
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_an_op_that_was_never_tried_is_refused_before_training(name: str) -> None:
+    model = Between(torch.cosh, (8,))
+    message = f"target {name} cannot execute cosh .*; it takes "
+    with pytest.raises(UnsupportedModelError, match=message):
+        cgmq_fx.prepare(model, "bops <= 5%", torch.rand(2, 8), target=name)
+    anything = replace(PRESETS[name], ops=(), rules=())
+    cgmq_fx.prepare(model, "bops <= 5%", torch.rand(2, 8), target=anything)
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_module_that_is_kept_as_it_is_cannot_be_deployed(name: str) -> None:
+    message = rf"target {name} cannot execute inner\.0, kept as it is"
+    with pytest.raises(UnsupportedModelError, match=message):
+        cgmq_fx.prepare(Block(Outlier()), "bops <= 60%", torch.randn(4, 8), target=name)
 
 
 def graph_of(model: nn.Module, inputs: torch.Tensor, name: str) -> None:

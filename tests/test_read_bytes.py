@@ -98,7 +98,7 @@ def changed(kind: str, old: bytes, new: bytes, folder: Path, name: str = "mlp") 
     ("old", "new", "message"),
     [
         (b'{"format":1', b'{"format":2', "has format '2'.*upgrade cgmq_fx"),
-        (b'{"format":1', b'{"format":[', "manifest is no JSON"),
+        (b'{"format":1', b'{"format":[', "manifest of .* is no JSON"),
         (b'"format"', b'"tamrof"', "not a file that cgmq_fx exported"),
     ],
 )

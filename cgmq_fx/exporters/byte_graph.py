@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,12 +23,14 @@ from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.exporters.cost_graph import (
     Array,
     CostGraph,
+    Counted,
     Layout,
     Manifest,
     Shape,
     activation_bits,
     weight_bits,
 )
+from cgmq_fx.exporters.flat import Buffer, read_bytes
 from cgmq_fx.exporters.float_codes import float_codes
 from cgmq_fx.passes.oplists import GRID_PRESERVING, JOINS, VIEWS
 from cgmq_fx.passes.optable import preserves_grid
@@ -364,3 +367,26 @@ def _checked(shape: Shape) -> Shape:
     if min(shape, default=1) < 0 or math.prod(shape) > _MOST_ELEMENTS:
         raise ArtifactError(f"a tensor of shape {shape} is more than a model holds")
     return shape
+
+
+def read_counted(
+    path: Path, read: Callable[[Buffer], tuple[Manifest, ByteGraph, Sequence[Operand]]]
+) -> Counted:
+    """What a FlatBuffer costs.
+
+    Args:
+        path: The file.
+        read: What it says about itself, the graph that is built of it, and what that returns.
+
+    Raises:
+        ArtifactError: If it cannot be read, whatever goes wrong.
+    """
+    buffer = Buffer(read_bytes(path))
+    try:
+        manifest, builder, outputs = read(buffer)
+        nodes = tuple(builder.node(output) for output in outputs)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path} cannot be counted: {error}") from error
+    except Exception as error:
+        raise ArtifactError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    return Counted(builder.graph, nodes, replace(manifest, batch=1))  # whatever it says

@@ -6,6 +6,7 @@ counts every other graph (`passes/annotate.py`). What is read is never executed.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -88,6 +89,19 @@ class Manifest:
             "bits": rows,
             **({"layers": [layer.to_json() for layer in self.layers]} if self.layers else {}),
         }
+
+    @staticmethod
+    def from_text(text: str | bytes, name: str) -> Manifest:
+        """Read it from JSON.
+
+        Raises:
+            ArtifactError: If it is not a manifest, or one of a newer format.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ArtifactError(f"the manifest of {name} is no JSON: {error}") from error
+        return Manifest.from_json(data, name)
 
     @staticmethod
     def from_json(data: Any, name: str) -> Manifest:

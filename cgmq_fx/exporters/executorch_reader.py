@@ -5,9 +5,7 @@ ExecuTorch need not be installed: the file is a FlatBuffer, and so is what it ha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import ArtifactError
-from cgmq_fx.exporters.byte_graph import ByteGraph, Constant, Grid, Operand, Value
+from cgmq_fx.exporters.byte_graph import ByteGraph, Constant, Grid, Operand, Value, read_counted
 from cgmq_fx.exporters.cost_graph import Counted, Manifest
-from cgmq_fx.exporters.flat import Buffer, Table, read_bytes
+from cgmq_fx.exporters.flat import Buffer, Table
 from cgmq_fx.exporters.xnnpack_reader import XnnpackReader
 from cgmq_fx.passes.guard import WorkGuard
 from cgmq_fx.passes.optable import compute_op
@@ -67,18 +65,14 @@ def read_pte(path: Path) -> Counted:
         ArtifactError: If it is not a file that this library exported, is damaged, or holds
             something that cannot be counted.
     """
-    buffer = Buffer(read_bytes(path))
-    try:
+
+    def read(buffer: Buffer) -> tuple[Manifest, ByteGraph, list[Operand]]:
         program = _Program(buffer)
         manifest = program.manifest(path)
         builder = ByteGraph(manifest)
-        outputs = _Plan(program, builder).read()
-    except ArtifactError as error:
-        raise ArtifactError(f"{path} cannot be counted: {error}") from error
-    except Exception as error:
-        raise ArtifactError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-    nodes = tuple(builder.node(output) for output in outputs)
-    return Counted(builder.graph, nodes, replace(manifest, batch=1))  # whatever it says
+        return manifest, builder, _Plan(program, builder).read()
+
+    return read_counted(path, read)
 
 
 class _Program:
@@ -100,11 +94,7 @@ class _Program:
         if MANIFEST not in self._plans:
             raise ArtifactError("it is an ExecuTorch file, but not one that cgmq_fx exported")
         _, text = self._plans[MANIFEST].tables(2)[0].union(0)
-        try:
-            data = json.loads(text.text(0) if text is not None else "")
-        except (ValueError, RecursionError) as error:
-            raise ArtifactError(f"its manifest is no JSON: {error}") from error
-        return Manifest.from_json(data, str(path))
+        return Manifest.from_text(text.text(0) if text is not None else "", str(path))
 
     @property
     def forward(self) -> Table:

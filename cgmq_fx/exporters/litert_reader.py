@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,9 @@ import numpy as np
 import torch
 
 from cgmq_fx.cost_models.errors import ArtifactError
-from cgmq_fx.exporters.byte_graph import ByteGraph, Constant, Grid, Operand, Value
+from cgmq_fx.exporters.byte_graph import ByteGraph, Constant, Grid, Operand, Value, read_counted
 from cgmq_fx.exporters.cost_graph import Array, Counted, Manifest
-from cgmq_fx.exporters.flat import Buffer, Table, read_bytes
+from cgmq_fx.exporters.flat import Buffer, Table
 from cgmq_fx.exporters.litert_ops import CLAMPS, HANDLERS, PASSED_ON, Call
 
 MANIFEST = "cgmq_fx"
@@ -46,18 +44,14 @@ def read_tflite(path: Path) -> Counted:
         ArtifactError: If it is not a file that this library exported, is damaged, or holds
             something that cannot be counted.
     """
-    buffer = Buffer(read_bytes(path))
-    try:
+
+    def read(buffer: Buffer) -> tuple[Manifest, ByteGraph, list[Operand]]:
         root = buffer.root(b"TFL3")
         manifest = _manifest(root, path)
         builder = ByteGraph(manifest)
-        outputs = _Model(root, builder).read()
-        nodes = tuple(builder.node(output) for output in outputs)
-    except ArtifactError as error:
-        raise ArtifactError(f"{path} cannot be counted: {error}") from error
-    except Exception as error:
-        raise ArtifactError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-    return Counted(builder.graph, nodes, replace(manifest, batch=1))  # whatever it says
+        return manifest, builder, _Model(root, builder).read()
+
+    return read_counted(path, read)
 
 
 def _manifest(root: Table, path: Path) -> Manifest:
@@ -65,11 +59,7 @@ def _manifest(root: Table, path: Path) -> Manifest:
     places = [int(entry.number(1, "u4")) for entry in root.tables(6) if entry.text(0) == MANIFEST]
     if len(places) != 1 or places[0] >= len(buffers):
         raise ArtifactError("it is a LiteRT file, but not one that cgmq_fx exported")
-    try:
-        data = json.loads(bytes(buffers[places[0]].numbers(0, "u1")))
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"its manifest is no JSON: {error}") from error
-    return Manifest.from_json(data, str(path))
+    return Manifest.from_text(bytes(buffers[places[0]].numbers(0, "u1")), str(path))
 
 
 class _Model:

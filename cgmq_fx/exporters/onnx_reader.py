@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,11 +58,7 @@ def _manifest(model: Any, path: Path) -> Manifest:
     texts = [p.value for p in model.metadata_props if p.key == MANIFEST]
     if len(texts) != 1:
         raise ArtifactError(f"{path} is an ONNX file, but not one that cgmq_fx exported")
-    try:
-        data = json.loads(texts[0])
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"the manifest of {path} is no JSON: {error}") from error
-    return Manifest.from_json(data, str(path))
+    return Manifest.from_text(texts[0], str(path))
 
 
 def _with_shapes(model: Any, batch: int) -> Any:
@@ -117,7 +112,8 @@ class _Reader:
             self._nodes[put.name] = self.graph.input(*self._described(put.name))
         needed = self._needed()
         for node in self._model.graph.node:
-            if node.output[0] in needed and node.op_type not in ("QuantizeLinear", "Constant"):
+            used = not needed.isdisjoint(node.output)
+            if used and node.op_type not in ("QuantizeLinear", "Constant"):
                 self._read(node)
         return [self._value(out.name) for out in self._model.graph.output]
 
@@ -158,12 +154,17 @@ class _Reader:
             return layer
         if node.op_type == "Gather" and given[0].op != "call_function":
             target = torch.ops.aten.embedding.default
+        if node.op_type == "Expand" and self._constant(node.input[1]) is None:
+            target = torch.ops.aten.expand_as.default  # to a size that depends on the batch
+            given.append(self._nodes[self._model.graph.input[0].name])
         if node.op_type == "Concat":
             given = [given]  # type: ignore[list-item]
         if node.op_type == "Transpose":
             given.append(list(_attributes(node)["perm"]))  # type: ignore[arg-type]
         for extra in list(node.output)[1:]:
-            if extra and extra in self._types:
+            if node.op_type == "Split":
+                self._nodes[extra] = self.graph.call(target, tuple(given), *self._described(extra))
+            elif extra and extra in self._types:
                 raise ArtifactError(f"{node.name} ({node.op_type}) has several outputs")
         return self.graph.call(target, tuple(given), *self._described(node.output[0]))
 
