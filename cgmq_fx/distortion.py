@@ -118,7 +118,7 @@ class _Meter:
                 name: {level: self._error(name, level, before) for level in own}
                 for name, own in levels.items()
             }
-        except (RuntimeError, ValueError) as error:  # the output depends on values, in its form
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:  # depends on values
             _LOG.info("what bit-widths do to the output cannot be measured: %s", error)
             return {}
         finally:

@@ -163,6 +163,9 @@ class Prepared:
     def calibrate(self, data: Iterable[Any], batches: int = _CALIBRATION_BATCHES) -> None:
         """Set the ranges from the first batches of real data; call it before the first step.
 
+        If the direction wants it, as the default does, what low bit-widths do to the output is
+        measured on the first batch, too.
+
         Args:
             data: Batches in any of the forms that `quantize` takes.
             batches: How many to use.

@@ -153,3 +153,25 @@ def test_of_large_models_less_is_measured(
     assert len(found) == 2  # the weight, and the input
     assert seen == [64] * calls  # and so many samples are enough
     assert all((table.distortion is not None) == bool(calls) for table in found.values())
+
+
+def test_a_model_that_fails_on_other_values_is_left_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = distortion._Meter._error
+
+    def fails_at_four_bits(
+        meter: distortion._Meter, name: str, level: int, before: list[Tensor]
+    ) -> float:
+        found = original(meter, name, level, before)
+        if level == 1:
+            meter._quantizers[name].bits.fill_(4)
+            raise IndexError("index 7 is out of bounds")
+        return found
+
+    monkeypatch.setattr(distortion._Meter, "_error", fails_at_four_bits)
+    with caplog.at_level("INFO", logger="cgmq_fx.distortion"):
+        run, found = tables(nn.Linear(6, 3))
+    assert "cannot be measured: index 7 is out of bounds" in caplog.text
+    assert all(table.distortion is None for table in found.values())
+    assert {int(b) for own in run.controller.assignment.values() for b in own} == {32}
