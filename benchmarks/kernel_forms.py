@@ -32,6 +32,8 @@ class Inputs:
         gates = {"tensor": (), "channel": (channels, 1), "element": shape}[granularity]
         ranges = () if granularity == "tensor" else (channels, 1)
         bits = torch.full(gates, BITS, dtype=torch.int32)
+        if granularity == "element":
+            bits = 2 ** torch.randint(2, 5, gates, dtype=torch.int32)  # 4, 8 or 16 bits
         return Inputs(
             torch.randn(shape).requires_grad_(),
             torch.randn(shape),
@@ -106,6 +108,22 @@ def available(form: str, granularity: str) -> bool:
 def copy(inputs: Inputs) -> Tensor:
     """What a form is measured against: read the tensor once and write it once."""
     return inputs.x.detach().clone()
+
+
+def traffic(inputs: Inputs, backward: bool) -> None:
+    """What no form can do without: read every input once, write every output once, fresh.
+
+    Forward reads the tensor; backward reads it again, and the gradient. A gate per element adds its
+    bit-widths to what is read, and in backward the adjacent ones, and its statistic to what is
+    written.
+    """
+    x, bits = inputs.x.detach(), inputs.bits.view(torch.float32)
+    own = bits.shape == x.shape
+    kept = [torch.mul(x, bits) if own else x.clone()]
+    if backward:
+        kept.append(torch.addcmul(inputs.grad, x, bits) if own else torch.mul(inputs.grad, x))
+    if backward and own:
+        kept.append(inputs.adjacent.clone())
 
 
 def forward(form: str, inputs: Inputs) -> None:

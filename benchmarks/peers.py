@@ -1,8 +1,8 @@
 """Other ways of quantization-aware training at 8 bits, to be timed side by side.
 
 Each replaces the convolutions and linear layers of a model, with quantizers on their weights and
-inputs; what else is computed stays float. This library quantizes more: products of two
-activations and both sides of additions.
+inputs, or, as torchao does, the graph of the model; what else is computed stays float. This library
+quantizes more: products of two activations and both sides of additions.
 """
 
 import copy
@@ -69,23 +69,41 @@ def _brevitas(layer: nn.Conv2d | nn.Linear) -> nn.Module:
     return result
 
 
-PEERS: dict[str, Callable[[nn.Conv2d | nn.Linear], nn.Module]] = {
+def _torchao(model: nn.Module, images: Tensor) -> nn.Module:
+    from torchao.quantization.pt2e import move_exported_model_to_train
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+        X86InductorQuantizer,
+        get_default_x86_inductor_quantization_config,
+    )
+
+    quantizer = X86InductorQuantizer()
+    quantizer.set_global(get_default_x86_inductor_quantization_config(is_qat=True))
+    graph = torch.export.export(model, (images,), strict=True).module()
+    made: nn.Module = move_exported_model_to_train(prepare_qat_pt2e(graph, quantizer))
+    return made
+
+
+_LAYERS: dict[str, Callable[[nn.Conv2d | nn.Linear], nn.Module]] = {
     "aten": lambda layer: _Layer(layer, _aten),
     "composite": lambda layer: _Layer(layer, _composite),
     "brevitas": _brevitas,
 }
+PEERS = (*_LAYERS, "torchao")
 
 
 def installed(peer: str) -> bool:
     """Whether a peer can be measured here."""
-    return peer != "brevitas" or find_spec("brevitas") is not None
+    return peer not in ("brevitas", "torchao") or find_spec(peer) is not None
 
 
-def converted(model: nn.Module, peer: str) -> nn.Module:
-    """A copy of `model` in which a peer quantizes convolutions and linear layers."""
-    model = copy.deepcopy(model)
+def converted(model: nn.Module, peer: str, images: Tensor) -> nn.Module:
+    """A copy of `model` in training mode, quantized by a peer for batches like `images`."""
+    model = copy.deepcopy(model).train()
+    if peer == "torchao":
+        return _torchao(model, images)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Conv2d | nn.Linear) and not isinstance(module, _Layer):
-                setattr(module, name, PEERS[peer](child))
+                setattr(module, name, _LAYERS[peer](child))
     return model

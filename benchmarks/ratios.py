@@ -1,9 +1,10 @@
 """Speed and memory side by side, as ratios from one run.
 
-    python -m benchmarks.ratios [--part kernel|step|memory|controller] [--rounds 7] [--threads 1]
+    python -m benchmarks.ratios [--part kernel|step|compiled|memory|controller] [--rounds 7]
 
 What is compared takes turns, round by round, and medians are compared; time is processor time, so
-that other work on the machine matters less.
+that other work on the machine matters less. `compiled` takes minutes, and is measured only on
+request.
 """
 
 import argparse
@@ -11,11 +12,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import cast
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import cgmq_fx
@@ -27,6 +29,7 @@ from benchmarks.kernel_forms import (
     copy,
     forward,
     forward_backward,
+    traffic,
 )
 from benchmarks.peak_memory import peak_of
 from benchmarks.peers import PEERS, converted, installed
@@ -50,25 +53,33 @@ def medians(work: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, 
 
 def kernel(rounds: int) -> Table:
     """The forms of fake quantization as multiples of a copy of the tensor."""
-    table = Table("2.4 M elements", *FORMS, title="Kernel, time of a copy = 1")
+    columns = (*FORMS, "memory alone")
+    table = Table("2.4 M elements", "copy", *columns, title="Kernel, time of a copy = 1")
     for granularity in GRANULARITIES:
         inputs = Inputs.of(_ELEMENTS, granularity)
         for title, run in (("forward", forward), ("forward + backward", forward_backward)):
             forms = [form for form in FORMS if available(form, granularity)]
-            work = {form: partial(run, form, inputs) for form in forms}
-            found = medians({"copy": partial(copy, inputs), **work}, 3 * rounds)
-            cells = [f"{found[f] / found['copy']:.2f}" if f in found else "-" for f in FORMS]
-            table.add_row(f"per {granularity}, {title}", *cells)
+            work: dict[str, Callable[[], object]] = {f: partial(run, f, inputs) for f in forms}
+            work["copy"] = partial(copy, inputs)
+            work["memory alone"] = partial(traffic, inputs, run is forward_backward)
+            found = medians(work, 3 * rounds)
+            unit = found["copy"]
+            cells = [f"{found[c] / unit:.2f}" if c in found else "-" for c in columns]
+            table.add_row(f"per {granularity}, {title}", f"{unit * 1e3:.2f} ms", *cells)
     return table
 
 
+def batch_of(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Random images and labels."""
+    return torch.rand(shape), torch.randint(10, shape[:1])
+
+
 def stepping(
-    model: nn.Module, shape: tuple[int, ...], after: Callable[[], None] = lambda: None
+    model: nn.Module, batch: tuple[Tensor, Tensor], after: Callable[[], None] = lambda: None
 ) -> Callable[[], None]:
-    """One training step of a model on a batch of random images."""
-    images, target = torch.rand(shape), torch.randint(10, shape[:1])
+    """One training step of a model on a batch of images, over and over."""
+    images, target = batch
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
-    model.train()
 
     def step() -> None:
         optimizer.zero_grad()
@@ -83,11 +94,11 @@ def variants(name: str) -> dict[str, Callable[[], None]]:
     """The training step of a network in float, quantized by this library, and by others."""
     make, shape = NETS[name]
     torch.manual_seed(0)
-    model = make()
+    model, batch = make().train(), batch_of(shape)
     run = prepared(model, shape)
-    work = {"float": stepping(model, shape), "ours": stepping(run.model, shape, run.step)}
+    work = {"float": stepping(model, batch), "ours": stepping(run.model, batch, run.step)}
     for peer in filter(installed, PEERS):
-        work[peer] = stepping(converted(model, peer), shape)
+        work[peer] = stepping(converted(model, peer, batch[0]), batch)
     return work
 
 
@@ -109,6 +120,23 @@ def step(rounds: int) -> Table:
     return table
 
 
+def compiled(rounds: int) -> Table:
+    """The training step of ResNet-20 through `torch.compile`, as a multiple of the float one's."""
+    make, shape = NETS["ResNet-20"]
+    torch.manual_seed(0)
+    model, batch = make().train(), batch_of(shape)
+    run = prepared(model, shape)
+    work = {
+        "float": stepping(cast(nn.Module, torch.compile(model)), batch),
+        "ours": stepping(cast(nn.Module, torch.compile(run.model)), batch, run.step),
+    }
+    found = medians(work, rounds)
+    table = Table("compiled step", "float", "ours", title="Compiled step, float step = 1")
+    ratio = found["ours"] / found["float"]
+    table.add_row("ResNet-20", f"{found['float'] * 1e3:.0f} ms", f"{ratio:.2f}")
+    return table
+
+
 def memory(rounds: int) -> Table:
     """Peak memory that a training step takes beyond what was there, against float."""
     table = Table("peak memory of a step", "float", "ours", title="Memory, float step = 1")
@@ -125,7 +153,7 @@ def controller(rounds: int) -> Table:
     table = Table("network", "gates", "controller", "share", title="Controller in the search")
     for name in ("LeNet-5", "ResNet-20"):
         make, shape = NETS[name]
-        run = prepared(make(), shape)
+        run = prepared(make().train(), shape)
         own: list[float] = []
 
         def after(run: cgmq_fx.Prepared = run, own: list[float] = own) -> None:
@@ -133,14 +161,15 @@ def controller(rounds: int) -> Table:
             run.step()
             own.append(time.process_time() - start)
 
-        whole = medians({"step": stepping(run.model, shape, after)}, 3 * rounds)["step"]
+        whole = medians({"step": stepping(run.model, batch_of(shape), after)}, 3 * rounds)["step"]
         mean = statistics.mean(own[1:])
         gates = str(run.controller.gates.numel())
         table.add_row(name, gates, f"{mean * 1e3:.2f} ms", f"{mean / whole:.1%}")
     return table
 
 
-PARTS = {"kernel": kernel, "step": step, "memory": memory, "controller": controller}
+DEFAULT = {"kernel": kernel, "step": step, "memory": memory, "controller": controller}
+PARTS = {**DEFAULT, "compiled": compiled}
 
 
 def show(parts: Iterable[str], rounds: int, console: Console) -> None:
@@ -156,7 +185,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    show(options.part or PARTS, options.rounds, Console(width=100))
+    show(options.part or DEFAULT, options.rounds, Console(width=100))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks.peak_memory import peak_of
 from benchmarks.peers import PEERS, converted, installed
-from benchmarks.ratios import prepared, stepping
+from benchmarks.ratios import batch_of, prepared, stepping
 from benchmarks.step_nets import NETS
 
 pytestmark = pytest.mark.benchmark(timer=time.process_time, min_rounds=3)
@@ -27,11 +27,12 @@ ALL_NETS = pytest.mark.parametrize("net", NETS)
 def made(net: str, variant: str) -> Callable[[], None]:
     make, shape = NETS[net]
     torch.manual_seed(0)
-    model = make()
+    model, batch = make().train(), batch_of(shape)
     if variant == "ours":
         run = prepared(model, shape)
-        return stepping(run.model, shape, run.step)
-    return stepping(model if variant == "float" else converted(model, variant), shape)
+        return stepping(run.model, batch, run.step)
+    peer = variant != "float"
+    return stepping(converted(model, variant, batch[0]) if peer else model, batch)
 
 
 @ALL_NETS

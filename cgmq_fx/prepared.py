@@ -49,6 +49,7 @@ from cgmq_fx.passes.normalise import (
     RemoveNoOps,
     SwitchModes,
 )
+from cgmq_fx.passes.processes import refuse_sharded
 from cgmq_fx.passes.prune import RemovePrunedChannels
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.passes.recompute import recompute_rounded
@@ -187,7 +188,13 @@ class Prepared:
         self._controller = self._controlled(tables)
 
     def step(self) -> None:
-        """Move the gates; call it after `optimizer.step()`."""
+        """Move the gates; call it after `optimizer.step()`.
+
+        Raises:
+            OptionError: If parameters have been sharded.
+        """
+        if self._controller.taken == 0:
+            refuse_sharded(self.model.parameters())
         self._controller.step()
 
     def freeze(self, bits: Assignment | None = None) -> None:

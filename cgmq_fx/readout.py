@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, distributed
 
 from cgmq_fx.cost_models import Role
-from cgmq_fx.cost_models.errors import OptionError
 from cgmq_fx.passes.kernel import Statistic
-from cgmq_fx.passes.processes import process_count
+from cgmq_fx.passes.processes import process_count, refuse_sharded
 from cgmq_fx.passes.quantizer import Quantizer
 
 _LARGE = 3e38
@@ -97,11 +96,7 @@ class Readout:
         return torch.cat(parts, 1)
 
     def _bind(self) -> None:
-        if any(type(q.log_range) is not torch.nn.Parameter for q in self._quantizers):
-            raise OptionError(
-                "the parameters have been sharded (FSDP); gates need whole tensors to measure, so "
-                "train the prepared model under DistributedDataParallel instead"
-            )
+        refuse_sharded(q.log_range for q in self._quantizers)
         self._probes = [own["probe"] for own in self._buffers]
         self._known = [p for p in self._probes if p is not None]
         like = self._known[0] if self._known else torch.zeros(())

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, distributed
+
+from cgmq_fx.cost_models.errors import OptionError
 
 
 def process_count() -> int:
@@ -27,3 +31,20 @@ def _average(grad: Tensor) -> Tensor:
     grad = grad.contiguous()
     distributed.all_reduce(grad)
     return grad / process_count()
+
+
+def refuse_sharded(parameters: Iterable[Tensor]) -> None:
+    """Refuse parameters of which every process holds a part.
+
+    Raises:
+        OptionError: If there is one.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    from torch.distributed.tensor import DTensor  # slow to import
+
+    if any(isinstance(p, DTensor) for p in parameters):
+        raise OptionError(
+            "the parameters have been sharded (FSDP); gates need whole tensors to measure, so "
+            "train the prepared model under DistributedDataParallel instead"
+        )

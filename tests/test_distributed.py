@@ -1,5 +1,6 @@
 """Two processes train like one on the same global batch; sharded parameters are refused."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import cgmq_fx
+from cgmq_fx.cost_models.errors import OptionError
+from cgmq_fx.passes.quantizer import Quantizer
 
 STEPS = 12
 
@@ -67,3 +70,27 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     torch.testing.assert_close(first["sensitivity"], alone["sensitivity"], rtol=1e-3, atol=0)
     torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
     torch.testing.assert_close(first["state"], alone["state"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    where = f"file://{tmp_path}/rendezvous"
+    distributed.init_process_group("gloo", init_method=where, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")  # of FSDP's own
+def test_sharded_parameters_are_refused(one_process: None) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, inputs = init_device_mesh("cpu", (1,)), torch.rand(4, 1, 8, 8)
+    whole, run = (cgmq_fx.prepare(net(), "bops <= 2%", inputs) for _ in range(2))
+    with pytest.raises(ValueError, match="fully_shard doesn't support scalar parameters"):
+        fully_shard(whole.model, mesh=mesh)  # PyTorch's own
+    ranges = {m.log_range for m in run.model.modules() if isinstance(m, Quantizer)}
+    fully_shard(run.model, mesh=mesh, ignored_params=ranges)
+    run.model(inputs).sum().backward()
+    with pytest.raises(OptionError, match=r"sharded \(FSDP\).*DistributedDataParallel instead"):
+        run.step()
