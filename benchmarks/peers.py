@@ -44,16 +44,13 @@ def _composite(x: Tensor, scale: Tensor) -> Tensor:
     return (codes + (codes.round() - codes).detach()) * scale
 
 
-def _brevitas(layer: nn.Conv2d | nn.Linear) -> nn.Module:
+def brevitas_layer(layer: nn.Conv2d | nn.Linear, **options: Any) -> nn.Module:
+    """A layer of Brevitas with the same weights; `options` say how it quantizes them."""
     import brevitas.nn as qnn
-    from brevitas.quant import Int8ActPerTensorFloat
 
-    common: dict[str, Any] = {
-        "bias": layer.bias is not None,
-        "input_quant": Int8ActPerTensorFloat,
-    }
+    options["bias"] = layer.bias is not None
     if isinstance(layer, nn.Linear):
-        made = qnn.QuantLinear(layer.in_features, layer.out_features, **common)
+        made = qnn.QuantLinear(layer.in_features, layer.out_features, **options)
     else:
         made = qnn.QuantConv2d(
             layer.in_channels,
@@ -62,11 +59,17 @@ def _brevitas(layer: nn.Conv2d | nn.Linear) -> nn.Module:
             stride=layer.stride,
             padding=layer.padding,
             groups=layer.groups,
-            **common,
+            **options,
         )
     made.load_state_dict(layer.state_dict(), strict=False)
     result: nn.Module = made
     return result
+
+
+def _brevitas(layer: nn.Conv2d | nn.Linear) -> nn.Module:
+    from brevitas.quant import Int8ActPerTensorFloat
+
+    return brevitas_layer(layer, input_quant=Int8ActPerTensorFloat)
 
 
 def _torchao(model: nn.Module, images: Tensor) -> nn.Module:

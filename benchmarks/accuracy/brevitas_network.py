@@ -1,12 +1,12 @@
 """A network whose layers are Brevitas', to be trained beside this library's: optional."""
 
 import copy
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.peers import brevitas_layer
 
 Layer = nn.Conv2d | nn.Linear
 
@@ -21,7 +21,6 @@ def brevitas_network(model: nn.Module, bits: int, images: Tensor) -> nn.Module:
         SystemExit: If Brevitas is not installed.
     """
     try:
-        import brevitas.nn as qnn
         from brevitas import quant
     except ImportError as error:
         raise SystemExit("brevitas is not installed: pip install brevitas") from error
@@ -31,31 +30,16 @@ def brevitas_network(model: nn.Module, bits: int, images: Tensor) -> nn.Module:
         if not isinstance(layer, Layer):
             continue
         act = quant.Uint8ActPerTensorFloat if unsigned[name] else quant.Int8ActPerTensorFloat
-        made = _like(qnn, layer)(
-            bias=layer.bias is not None,
+        made = brevitas_layer(
+            layer,
             weight_quant=quant.Int8WeightPerChannelFloat,
             weight_bit_width=bits,
             input_quant=act,
             input_bit_width=bits,
         )
-        made.load_state_dict(layer.state_dict(), strict=False)
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, made)
     return model
-
-
-def _like(qnn: Any, layer: Layer) -> Callable[..., nn.Module]:
-    if isinstance(layer, nn.Linear):
-        return partial(qnn.QuantLinear, layer.in_features, layer.out_features)
-    return partial(
-        qnn.QuantConv2d,
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,
-        stride=layer.stride,
-        padding=layer.padding,
-        groups=layer.groups,
-    )
 
 
 @torch.no_grad()
