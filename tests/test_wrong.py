@@ -113,11 +113,11 @@ POISONED = [*BATCHES[:2], (torch.full((4, 6), NAN), BATCHES[0][1]), BATCHES[3]]
             7,
         ),
         (
-            [At(6, fill("0.weight", 3e38))],
-            {},
+            [At(0, fill("0.weight", 3e38))],
+            {"epochs": 50},  # long enough that nothing clips yet
             TrainingError,
-            r"step 8 of 20 .*(the output of linear is not finite \(0|is not finite)",
-            7,
+            r"step 2 of 200 .*the output of linear is not finite \(0",
+            1,
         ),
         ([At(24, collapse)], {"epochs": 7}, TrainingError, r"step 26 .* collapsed to zero", 25),
         (
