@@ -90,14 +90,14 @@ def stepping(
     return step
 
 
-def variants(name: str) -> dict[str, Callable[[], None]]:
+def variants(name: str, peers: Iterable[str] = PEERS) -> dict[str, Callable[[], None]]:
     """The training step of a network in float, quantized by this library, and by others."""
     make, shape = NETS[name]
     torch.manual_seed(0)
     model, batch = make().train(), batch_of(shape)
     run = prepared(model, shape)
     work = {"float": stepping(model, batch), "ours": stepping(run.model, batch, run.step)}
-    for peer in filter(installed, PEERS):
+    for peer in filter(installed, peers):
         work[peer] = stepping(converted(model, peer, batch[0]), batch)
     return work
 
@@ -141,7 +141,7 @@ def memory(rounds: int) -> Table:
     """Peak memory that a training step takes beyond what was there, against float."""
     table = Table("peak memory of a step", "float", "ours", title="Memory, float step = 1")
     for name in NETS:
-        work = variants(name)
+        work = variants(name, ())
         peaks = {n: peak_of(work[n]) for n in ("float", "ours")}
         ratio = peaks["ours"] / peaks["float"]
         table.add_row(name, f"{peaks['float'] / 2**20:.1f} MiB", f"{ratio:.2f}")

@@ -18,7 +18,7 @@ from benchmarks.peers import PEERS, converted, installed
 from benchmarks.ratios import batch_of, prepared, stepping
 from benchmarks.step_nets import NETS
 
-pytestmark = pytest.mark.benchmark(timer=time.process_time, min_rounds=3)
+pytestmark = pytest.mark.benchmark(timer=time.process_time, max_time=0.5, min_rounds=3)
 
 MEMORY_GOAL = 1.25
 ALL_NETS = pytest.mark.parametrize("net", NETS)

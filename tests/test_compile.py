@@ -1,13 +1,16 @@
 """Training through `torch.compile`: one graph, whatever the bits do."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch._dynamo.testing
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
 
 import cgmq_fx
+from benchmarks.resnet20 import ResNet20
 
 
 def net() -> nn.Module:
@@ -25,14 +28,22 @@ def fresh() -> None:
     torch._dynamo.reset()
 
 
-def test_gates_that_move_compile_nothing_again() -> None:
-    run = cgmq_fx.prepare(net(), "bops <= 2%", DATA[0][0], search_steps=10)
-    run.calibrate(DATA)
+IMAGES = [(torch.rand(4, 3, 32, 32), torch.randint(10, (4,))) for _ in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("make", "data"), [(net, DATA), (ResNet20, IMAGES)], ids=["small", "ResNet-20"]
+)
+def test_gates_that_move_compile_nothing_again(
+    make: Callable[[], nn.Module], data: list[tuple[Tensor, Tensor]]
+) -> None:
+    run = cgmq_fx.prepare(make(), "bops <= 2%", data[0][0], search_steps=10)
+    run.calibrate(data[:2])
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     model = torch.compile(run.model, backend=counter, fullgraph=True)
     optimizer = torch.optim.Adam(run.model.parameters(), 1e-3)
     seen = set()
-    for inputs, target in DATA[:9]:
+    for inputs, target in data[:9]:
         optimizer.zero_grad()
         cross_entropy(model(inputs), target).backward()
         optimizer.step()
