@@ -24,6 +24,7 @@ from torch import Tensor
 from benchmarks.op_nets import OPS, Net, together
 from cgmq_fx import PRESETS, Preset, Result, prepare
 from cgmq_fx.cost_models.errors import CgmqError
+from cgmq_fx.exporters.agreement import TOLERATED_SHARE
 from cgmq_fx.exporters.hls import hls_project
 from cgmq_fx.passes.inputs import ExampleInputs
 from cgmq_fx.prepared import float_graph
@@ -42,13 +43,14 @@ def _circuit(path: Path, result: Result, inputs: Tensor, folder: Path) -> str:
     return f"{'ok' if same == 1 else 'FAILS'} {float(same):.2%} of the circuit's outputs exact"
 
 
-def tried(net: Net, preset: Preset, folder: Path) -> str:
+def tried(net: Net, preset: Preset, folder: Path, ops: int = 1) -> str:
     """What happens with an op: how well the file agrees, or what goes wrong.
 
     Args:
         net: A net around it.
         preset: Where it is to run; its list of ops is not asked.
         folder: Where files go.
+        ops: How many there are in branches of their own; none of them may be wrong.
     """
     torch.manual_seed(0)
     try:
@@ -63,7 +65,10 @@ def tried(net: Net, preset: Preset, folder: Path) -> str:
             exported = result.export(folder / f"net.{_SUFFIXES[form]}", form)
         if preset.name == "fpga":
             return _circuit(exported.path, result, net.inputs(), folder)
-        unknown = exported.certificate.unknown
+        unknown, agreement = exported.certificate.unknown, exported.agreement
+        assert agreement is not None
+        if (1 - agreement.within) * ops > 1 - TOLERATED_SHARE:
+            return f"FAILS {agreement}"
         return f"ok {exported.agreement}{f'; unknown: {unknown}' if unknown else ''}"
     except Exception as error:  # noqa: BLE001 - whatever a converter raises is the answer
         return f"FAILS {type(error).__name__}: {' '.join(str(error).split())[:160]}"
@@ -110,7 +115,7 @@ def try_ops(preset: str, names: tuple[str, ...], branches: int, rows: Path | Non
         group = list(waiting.pop(0))
         net = OPS[group[0]] if len(group) == 1 else together(group)
         with tempfile.TemporaryDirectory() as folder:
-            found = tried(net, PRESETS[preset], Path(folder))
+            found = tried(net, PRESETS[preset], Path(folder), len(group))
         click.echo(f"{', '.join(group):30} {found}")
         if len(group) > 1 and not found.startswith("ok"):
             half = len(group) // 2

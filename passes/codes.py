@@ -124,15 +124,16 @@ def container(low: int, high: int, offset: bool = False) -> tuple[torch.dtype, i
     Args:
         low: Lowest code.
         high: Highest code.
-        offset: Whether codes below zero are stored in an unsigned container; its 0 is the lowest
-            code, so that what is stored is as small as it can be.
+        offset: Whether codes below zero are stored in an unsigned container. The zero point is the
+            smallest even number that does: what is stored stays small, and runtimes that round
+            to even after they added it round as if they had not.
     """
     if low >= 0:
         fits = ((torch.uint8, 2**8), (torch.uint16, 2**16))
         return next((dtype for dtype, end in fits if high < end), torch.int32), 0
     half = next((bits for bits in (7, 15) if -(2**bits) <= low and high < 2**bits), 31)
     if offset and half < 31:
-        return (torch.uint8 if half == 7 else torch.uint16), -low
+        return (torch.uint8 if half == 7 else torch.uint16), -low + low % 2
     return {7: torch.int8, 15: torch.int16, 31: torch.int32}[half], 0
 
 

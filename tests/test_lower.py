@@ -92,7 +92,7 @@ def test_signed_codes_can_be_stored_with_an_offset() -> None:
         nodes = lower(result.model, result.inputs, offset).graph.nodes
         kinds.append([(n.args[2], n.args[6]) for n in nodes if is_quantize(n)])
     assert kinds[0][0] == (0, torch.int8)
-    assert kinds[1][0] == (127, torch.uint8)
+    assert kinds[1][0] == (128, torch.uint8)
     assert kinds[0][1] == kinds[1][1] == (0, torch.uint8)  # after a ReLU
 
 
@@ -139,10 +139,12 @@ def test_grids_that_do_not_nest_within_a_range_are_refused() -> None:
         (0, 255, True, (torch.uint8, 0)),
         (0, 256, False, (torch.uint16, 0)),
         (-1, 1, False, (torch.int8, 0)),
-        (-1, 1, True, (torch.uint8, 1)),
-        (-127, 127, True, (torch.uint8, 127)),
+        (-1, 1, True, (torch.uint8, 2)),
+        (-7, 7, True, (torch.uint8, 8)),
+        (-100, 7, True, (torch.uint8, 100)),
+        (-127, 127, True, (torch.uint8, 128)),
         (-255, 255, False, (torch.int16, 0)),
-        (-255, 255, True, (torch.uint16, 255)),
+        (-255, 255, True, (torch.uint16, 256)),
         (-40000, 40000, False, (torch.int32, 0)),
     ],
 )
