@@ -190,7 +190,9 @@ def test_jobs_take_the_devices_in_turn(
     trained: list[Any] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    monkeypatch.setattr(sweeping, "_run_stretch", lambda task, budgets, *_: trained.append(budgets))
+    monkeypatch.setattr(
+        sweeping, "_run_stretch", lambda _, budgets, *__, **___: trained.append(budgets)
+    )
     net = made()
     before = [parameter.device for parameter in net.parameters()]
     for index in range(3):
