@@ -36,14 +36,20 @@ from benchmarks.peers import PEERS, converted, installed
 from benchmarks.step_nets import NETS
 
 _ELEMENTS = 2_400_000
+_OTHERS = 2**24  # what takes the place of the tensors in caches: 64 MiB
 _SEARCH = 1000
 
 
-def medians(work: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median processor time of each of `work`, in seconds, taken in turns."""
+def medians(
+    work: Mapping[str, Callable[[], object]],
+    rounds: int,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """Median processor time of each of `work`, in seconds, taken in turns, each after `before`."""
     times: dict[str, list[float]] = {name: [] for name in work}
     for number in range(rounds + 1):
         for name, function in work.items():
+            before()
             start = time.process_time()
             function()
             if number:  # the first round warms up
@@ -52,7 +58,8 @@ def medians(work: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, 
 
 
 def kernel(rounds: int) -> Table:
-    """The forms of fake quantization as multiples of a copy of the tensor."""
+    """The forms of fake quantization as multiples of a copy of the tensor, none of it in caches."""
+    others = torch.zeros(_OTHERS)
     columns = (*FORMS, "memory alone")
     table = Table("2.4 M elements", "copy", *columns, title="Kernel, time of a copy = 1")
     for granularity in GRANULARITIES:
@@ -62,7 +69,7 @@ def kernel(rounds: int) -> Table:
             work: dict[str, Callable[[], object]] = {f: partial(run, f, inputs) for f in forms}
             work["copy"] = partial(copy, inputs)
             work["memory alone"] = partial(traffic, inputs, run is forward_backward)
-            found = medians(work, 3 * rounds)
+            found = medians(work, 3 * rounds, partial(others.add_, 1))
             unit = found["copy"]
             cells = [f"{found[c] / unit:.2f}" if c in found else "-" for c in columns]
             table.add_row(f"per {granularity}, {title}", f"{unit * 1e3:.2f} ms", *cells)
