@@ -1,8 +1,8 @@
 """What runtimes execute, and what they do not: ATen ops by name, as they were tried.
 
-`python -m benchmarks.export_ops` says for every op what happens to it. What is refused here is
-refused before a model is trained. That a runtime computes some ops in float, and only rounds what
-comes out, is no reason to refuse them.
+`python -m benchmarks.export_ops` says for every op what happens to it. An op that is not in a list
+failed there, or was never tried; it is refused before a model is trained. That a runtime computes
+some ops in float, and only rounds what comes out, is no reason to refuse them.
 """
 
 from __future__ import annotations
@@ -53,10 +53,6 @@ def _not_of_images(node: Node) -> str | None:
     return None
 
 
-def _never(node: Node) -> str:
-    return "at all"
-
-
 HLS4ML = (
     *("conv1d", "conv2d", "linear", "relu", "max_pool2d", "add", "cat", "dropout"),
     *("flatten", "view", "reshape", "alias", "detach", "clone", "contiguous"),
@@ -65,9 +61,31 @@ HLS4ML = (
 
 HLS4ML_RULES: tuple[tuple[str, Rule], ...] = (("linear", _of_rank(2)),)
 
-XNNPACK_RULES: tuple[tuple[str, Rule], ...] = (
-    ("softmax", _not_of_images),
-    ("conv3d", _never),
-    ("adaptive_max_pool2d", _never),
+BYTE_RULES: tuple[tuple[str, Rule], ...] = (("softmax", _not_of_images),)
+"""What ExecuTorch and LiteRT compute along another axis, or were never seen to compute."""
+
+
+def _words(names: str) -> tuple[str, ...]:
+    return tuple(names.split())
+
+
+LITERT = _words(
+    """
+    adaptive_avg_pool2d add cat clamp clone contiguous conv1d conv2d conv_transpose2d dropout
+    embedding flatten hardtanh layer_norm linear matmul max_pool2d mean mul pad permute relu
+    relu6 reshape select slice softmax squeeze sub transpose unflatten unsqueeze view
+    """
 )
-"""What ExecuTorch does not translate, or computes along another axis."""
+"""What LiteRT's converter takes and its interpreter computes; reshape and view are one to it."""
+
+XNNPACK = LITERT + _words(
+    """
+    abs adaptive_avg_pool1d amax avg_pool1d avg_pool2d celu channel_shuffle chunk
+    conv_transpose1d cos div elu exp expand flip floor gelu group_norm hardsigmoid hardswish
+    index instance_norm leaky_relu log log_softmax max_pool1d maximum minimum mish neg
+    pixel_shuffle pixel_unshuffle pow prelu repeat rms_norm roll round rsqrt selu sigmoid
+    sign silu sin softplus split sqrt square stack sum tanh unbind upsample_bilinear2d
+    upsample_nearest2d var where
+    """
+)
+"""What ExecuTorch takes; what XNNPACK has no kernels for runs beside it."""
