@@ -69,23 +69,27 @@ def _words(names: str) -> tuple[str, ...]:
     return tuple(names.split())
 
 
-LITERT = _words(
+_BOTH = _words(
     """
-    adaptive_avg_pool2d add cat clamp clone contiguous conv1d conv2d conv_transpose2d dropout
-    embedding flatten hardtanh layer_norm linear matmul max_pool2d mean mul pad permute relu
-    relu6 reshape select slice softmax squeeze sub transpose unflatten unsqueeze view
+    adaptive_avg_pool2d add amax cat clamp clone contiguous conv1d conv2d conv_transpose2d
+    div dropout embedding flatten gelu hardsigmoid hardswish hardtanh layer_norm leaky_relu
+    linear matmul max_pool2d mean mul pad permute relu relu6 reshape select sigmoid silu
+    slice softmax split squeeze sub sum tanh transpose unbind unflatten unsqueeze
+    upsample_nearest2d view
     """
 )
-"""What LiteRT's converter takes and its interpreter computes; reshape and view are one to it."""
+"""What ExecuTorch and LiteRT execute; reshape and view are one to their converters."""
 
-XNNPACK = LITERT + _words(
+LITERT = (*_BOTH, "batch_norm")
+"""What LiteRT's converter takes and its interpreter computes."""
+
+XNNPACK = _BOTH + _words(
     """
-    abs adaptive_avg_pool1d amax avg_pool1d avg_pool2d celu channel_shuffle chunk
-    conv_transpose1d cos div elu exp expand flip floor gelu group_norm hardsigmoid hardswish
-    index instance_norm leaky_relu log log_softmax max_pool1d maximum minimum mish neg
-    pixel_shuffle pixel_unshuffle pow prelu repeat rms_norm roll round rsqrt selu sigmoid
-    sign silu sin softplus split sqrt square stack sum tanh unbind upsample_bilinear2d
-    upsample_nearest2d var where
+    abs adaptive_avg_pool1d avg_pool1d avg_pool2d celu channel_shuffle chunk
+    conv_transpose1d cos elu exp expand flip floor group_norm index instance_norm log
+    log_softmax max_pool1d maximum minimum mish neg pixel_shuffle pixel_unshuffle pow prelu
+    repeat rms_norm roll round rsqrt selu sign sin softplus sqrt square stack
+    upsample_bilinear2d var where
     """
 )
 """What ExecuTorch takes; what XNNPACK has no kernels for runs beside it."""
