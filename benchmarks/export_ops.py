@@ -3,10 +3,10 @@
     python -m benchmarks.export_ops try xnnpack --op gelu --op pad --rows rows.jsonl
     python -m benchmarks.export_ops lists --rows rows.jsonl
 
-This is where the lists in `cgmq_fx/runtime_ops.py` come from: an op belongs into one if every net
-that it occurs in is written, runs, agrees with the graph, and can be counted from the file. Run it
-in an environment that has the packages of the format; what is in the file already is not tried
-again.
+This is where the lists in `cgmq_fx/runtime_ops.py` come from: an op belongs into one if a net that
+it occurs in is written, runs, agrees with the graph, and can be counted from the file; a net of
+such ops that fails nevertheless needs a rule. Run it in an environment that has the packages of the
+format; what is in the file already is not tried again.
 """
 
 import json
@@ -130,18 +130,16 @@ def try_ops(preset: str, names: tuple[str, ...], branches: int, rows: Path | Non
 @main.command()
 @click.option("--rows", type=click.Path(path_type=Path, exists=True), required=True)
 def lists(rows: Path) -> None:
-    """Print the ops of every preset: those that never failed, sometimes, and always."""
+    """Print the ops of every preset that a net went well with, and what needs a rule besides."""
     for preset in PRESETS:
-        tried: dict[str, list[tuple[bool, str]]] = {}
-        for row in read_rows(rows):
-            if row["preset"] == preset:
-                for op in row["ops"]:
-                    well = row["found"].startswith("ok")
-                    tried.setdefault(op, []).append((well, row["tried"]))
-        for title, wanted in (("executed", {True}), ("mixed", {True, False}), ("not", {False})):
-            for op in sorted(op for op, seen in tried.items() if {s for s, _ in seen} == wanted):
-                failed = [name for well, name in tried[op] if not well]
-                click.echo(f"{preset:12} {title:9} {op:24} {'; '.join(failed)}")
+        own = [row for row in read_rows(rows) if row["preset"] == preset]
+        well = [row for row in own if row["found"].startswith("ok")]
+        executed = {op for row in well for op in row["ops"]}
+        click.echo(f"{preset}: {' '.join(sorted(executed))}")
+        for row in own:
+            if row not in well:
+                foreign = sorted({*row["ops"]} - executed)
+                click.echo(f"  {row['tried']}: {', '.join(foreign) or 'NEEDS A RULE'}")
 
 
 def batched(names: Sequence[str], count: int) -> list[Sequence[str]]:

@@ -222,7 +222,7 @@ OPS: dict[str, Net] = {
     "stack": _around(lambda x: torch.stack([x, x.relu()], 1)),
     "where": _around(lambda x: torch.where(x > 0, x, 0.1 * x)),
     "flatten": _around(lambda x: x.flatten(1)),
-    "view": _around(lambda x: x.view(len(x), 8, -1)),
+    "view": _around(lambda x: x.view(x.shape[0], 8, -1)),
     "permute": _around(lambda x: x.permute(0, 2, 3, 1)),
     "transpose": _around(lambda x: x.transpose(1, 2)),
     "squeeze": _around(lambda x: x.unsqueeze(1).squeeze(1)),

@@ -21,7 +21,14 @@ from cgmq_fx.passes.infra import place
 from cgmq_fx.passes.opaque import OpaqueCall
 from cgmq_fx.passes.scheme import Granularity, Scheme
 from cgmq_fx.passes.state import value_of
-from cgmq_fx.runtime_ops import HLS4ML, HLS4ML_RULES, XNNPACK_RULES, Rule
+from cgmq_fx.runtime_ops import (
+    BYTE_RULES,
+    HLS4ML,
+    HLS4ML_RULES,
+    LITERT,
+    XNNPACK,
+    Rule,
+)
 
 _CONTAINER = tuple(range(2, 9))
 """Bit-widths of codes that a runtime with 8-bit tensors holds."""
@@ -190,13 +197,16 @@ PRESETS = {
             "ExecuTorch with XNNPACK, on Arm and x86 processors: 8-bit tensors.",
             ("executorch",),
             _INTEGER,
-            rules=XNNPACK_RULES,
+            ops=XNNPACK,
+            rules=BYTE_RULES,
         ),
         Preset(
             "litert",
             "LiteRT (TensorFlow Lite): 8-bit tensors, images with channels last.",
             ("litert",),
             _INTEGER,
+            ops=LITERT,
+            rules=BYTE_RULES,
             channels_last=True,
         ),
         NONE,

@@ -1,8 +1,8 @@
 """What runtimes execute, and what they do not: ATen ops by name, as they were tried.
 
-`python -m benchmarks.export_ops` says for every op what happens to it. What is refused here is
-refused before a model is trained. That a runtime computes some ops in float, and only rounds what
-comes out, is no reason to refuse them.
+`python -m benchmarks.export_ops` says for every op what happens to it. An op that is not in a list
+failed there, or was never tried; it is refused before a model is trained. That a runtime computes
+some ops in float, and only rounds what comes out, is no reason to refuse them.
 """
 
 from __future__ import annotations
@@ -53,10 +53,6 @@ def _not_of_images(node: Node) -> str | None:
     return None
 
 
-def _never(node: Node) -> str:
-    return "at all"
-
-
 HLS4ML = (
     *("conv1d", "conv2d", "linear", "relu", "max_pool2d", "add", "cat", "dropout"),
     *("flatten", "view", "reshape", "alias", "detach", "clone", "contiguous"),
@@ -65,9 +61,35 @@ HLS4ML = (
 
 HLS4ML_RULES: tuple[tuple[str, Rule], ...] = (("linear", _of_rank(2)),)
 
-XNNPACK_RULES: tuple[tuple[str, Rule], ...] = (
-    ("softmax", _not_of_images),
-    ("conv3d", _never),
-    ("adaptive_max_pool2d", _never),
+BYTE_RULES: tuple[tuple[str, Rule], ...] = (("softmax", _not_of_images),)
+"""What ExecuTorch and LiteRT compute along another axis, or were never seen to compute."""
+
+
+def _words(names: str) -> tuple[str, ...]:
+    return tuple(names.split())
+
+
+_BOTH = _words(
+    """
+    adaptive_avg_pool2d add amax cat clamp clone contiguous conv1d conv2d conv_transpose2d
+    div dropout embedding flatten gelu hardsigmoid hardswish hardtanh layer_norm leaky_relu
+    linear matmul max_pool2d mean mul pad permute relu relu6 reshape select sigmoid silu
+    slice softmax split squeeze sub sum tanh transpose unbind unflatten unsqueeze
+    upsample_nearest2d view
+    """
 )
-"""What ExecuTorch does not translate, or computes along another axis."""
+"""What ExecuTorch and LiteRT execute; reshape and view are one to their converters."""
+
+LITERT = (*_BOTH, "batch_norm")
+"""What LiteRT's converter takes and its interpreter computes."""
+
+XNNPACK = _BOTH + _words(
+    """
+    abs adaptive_avg_pool1d avg_pool1d avg_pool2d celu channel_shuffle chunk
+    conv_transpose1d cos elu exp expand flip floor group_norm index instance_norm log
+    log_softmax max_pool1d maximum minimum mish neg pixel_shuffle pixel_unshuffle pow prelu
+    repeat rms_norm roll round rsqrt selu sign sin softplus sqrt square stack
+    upsample_bilinear2d var where
+    """
+)
+"""What ExecuTorch takes; what XNNPACK has no kernels for runs beside it."""

@@ -8,6 +8,7 @@ from typing import cast
 import pytest
 import torch
 
+from benchmarks.op_nets import OPS
 from cgmq_fx import ExportError, prepare
 from tests.deploy_nets import SCHEMES, assert_counted, assert_runs, deployed, inputs_of
 from tests.nets import NETS
@@ -54,6 +55,14 @@ def test_images_enter_with_channels_last(tmp_path: Path) -> None:
     path = deployed("separable", "integer").export(tmp_path / "net.tflite", verify=False).path
     (entry,) = Interpreter(str(path)).get_input_details()
     assert entry["shape"].tolist() == [1, 16, 16, 3]
+
+
+def test_weights_that_are_read_in_float_are_counted(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = OPS["cat"]  # not on one grid, so the first layer runs in float
+    scheme = SCHEMES["integer"]
+    result = prepare(net.build().eval(), "bops <= 100%", net.inputs(), scheme=scheme).finalize()
+    assert_counted(result.export(tmp_path / "net.tflite"), result)
 
 
 def test_keyword_inputs_are_refused(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ FOREIGN = [
     ("fpga", "linear on rows", r"linear on 3 dimensions \("),
     ("fpga", "max_pool1d", "max_pool1d"),
     ("xnnpack", "softmax", r"softmax of images \("),
-    ("xnnpack", "conv3d", r"conv3d at all \("),
+    ("xnnpack", "conv3d", r"conv3d \(.*what was tried there, PRESETS\['xnnpack'\].ops; to try"),
 ]
 
 
@@ -126,7 +126,7 @@ def test_what_an_exporter_does_not_take_is_refused_before_training(
         graph_of(net.build(), net.inputs(), name)
 
 
-@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize("name", ["fpga", "xnnpack", "litert"])
 def test_an_op_that_was_never_tried_is_refused_before_training(name: str) -> None:
     model = Between(torch.cosh, (8,))
     message = f"target {name} cannot execute cosh .*; it takes "
@@ -149,8 +149,8 @@ def graph_of(model: nn.Module, inputs: torch.Tensor, name: str) -> None:
     PRESETS[name].check_ops(captured.module)
 
 
-@pytest.mark.parametrize("name", ["xnnpack", "litert"])
-@pytest.mark.parametrize("net", ["mlp", "separable", "transformer"])
+@pytest.mark.parametrize("name", ["onnxruntime", "xnnpack", "litert"])
+@pytest.mark.parametrize("net", ["lenet5", "mlp", "resnet20", "separable", "transformer"])
 def test_what_was_seen_to_export_is_taken(net: str, name: str) -> None:
     graph_of(float_net(net), inputs_of(net, 2).args[0], name)
 

@@ -98,7 +98,11 @@ class _Model:
         if code in CLAMPS:
             made: list[Value] = [self._clamped(code, inputs)]
         elif code in PASSED_ON:
-            made = [self._value(inputs[0])]
+            given = self._operand(inputs[0])
+            if isinstance(given, Constant):  # a weight of a layer that runs in float
+                self._values[outputs[0]] = given
+                return
+            made = [given]
         elif code in HANDLERS:
             handler = HANDLERS[code]
             call.inputs = [self._input(i) for i in inputs]
@@ -110,8 +114,8 @@ class _Model:
         else:
             self._builder.graph.unknown.append(f"operator {code}")
             shapes = [self._shape(index) for index in outputs]
-            given = [self._operand(i) for i in inputs[:1] if i >= 0]
-            made = [call.unknown(given, shape) for shape in shapes]
+            read = [self._operand(i) for i in inputs[:1] if i >= 0]
+            made = [call.unknown(read, shape) for shape in shapes]
         fused = call.fused
         for index, value in zip(outputs, made, strict=True):
             limited = self._builder.clamped(value, *fused) if fused is not None else value

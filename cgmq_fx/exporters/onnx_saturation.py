@@ -4,7 +4,7 @@ x86 processors with AVX2 or AVX-512 but without VNNI multiply unsigned by signed
 add each pair in 16 bits, where large sums saturate (`vpmaddubsw`). onnxruntime uses that for UINT8
 activations and INT8 weights: a file with large codes on both sides gives other numbers there than
 on processors that add in 32 bits. With UINT8 weights it widens both factors first, which is always
-exact, at half the speed. So only weights whose products can saturate are written as UINT8, with a
+exact, but slower. So only weights whose products can saturate are written as UINT8, with a
 zero point of 128.
 """
 
