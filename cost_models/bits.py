@@ -202,14 +202,14 @@ def _stored(stored: Stored, node: NodeFacts, assignment: Assignment) -> int:
         gates = _kept_channels(stored, assignment) * stored.bits
     else:
         gates = assignment[stored.quantizer]
-        for operand in node.operands:
-            if operand.pruning is not None:
-                own = next(o for o in node.operands if o.quantizer == stored.quantizer)
-                kept = _kept_where_they_meet(operand, assignment)
-                gates = _gates(own, assignment)
-                if _is_pruned_whole(operand.pruning, assignment):
-                    gates = _least(gates, kept)
-                gates = gates * kept
+        own = next((o for o in node.operands if o.quantizer == stored.quantizer), None)
+        pruned = next((o for o in node.operands if o.pruning is not None), None)
+        if own is not None and pruned is not None and pruned.pruning is not None:
+            kept = _kept_where_they_meet(pruned, assignment)
+            gates = _gates(own, assignment)
+            if _is_pruned_whole(pruned.pruning, assignment):
+                gates = _least(gates, kept)
+            gates = gates * kept
     if gates.size == 1:
         return stored.elements * gates.item()
     return stored.elements // gates.size * _sum(gates.ravel())
