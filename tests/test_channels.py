@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import cgmq_fx
-from cgmq_fx.cost_models import Assignment, Role
+from cgmq_fx.cost_models import Assignment, BOPs, NodeFacts, Operand, Role, Stored, idle_gates
+from cgmq_fx.cost_models.bits import node_bits
+from cgmq_fx.cost_models.facts import Pruning
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.channels import removable_channels
 from cgmq_fx.passes.insert import QUANTIZERS
@@ -201,3 +203,38 @@ def test_a_shortened_graph_survives_saving(tmp_path: Path) -> None:
 def test_kept_channels(shape: tuple[int, ...], axis: int, expected: list[bool]) -> None:
     bits = torch.tensor([0, 2, 4][3 - max(len(expected), 1) :] if shape else 2, dtype=torch.int32)
     assert kept_channels(bits.reshape(shape), axis).tolist() == expected
+
+
+READER = NodeFacts(
+    "reader",
+    "aten.linear.default",
+    macs=6,
+    operands=(
+        Operand(Role.WEIGHT, 6, "w", (2, 3, 1)),
+        Operand(Role.ACTIVATION, 3, "a", (1, 3, 1), Pruning("m", (1, 3, 1))),
+    ),
+    stored=(Stored("w", 6, "w"),),
+)
+
+
+@pytest.mark.parametrize(
+    ("maker", "bops", "bits", "idle"),
+    [
+        ([2, 0, 0], 64, 16, [0, 1, 1, 0, 1, 1]),  # (8 + 8) x 4; 8 + 8
+        ([0, 2, 0], 24, 6, [1, 0, 1, 1, 0, 1]),  # (4 + 2) x 4; 4 + 2
+        ([0, 0, 2], 24, 6, [1, 1, 0, 1, 1, 0]),  # (2 + 4) x 4; 2 + 4
+        ([0, 0, 0], 16, 4, [1, 1, 1, 1, 1, 1]),  # one channel, of the fewest bits: (2 + 2) x 4
+    ],
+)
+def test_what_reads_a_pruned_layer_by_hand(
+    maker: list[int], bops: float, bits: int, idle: list[int]
+) -> None:
+    assignment = {
+        "w": np.array([8, 4, 2, 8, 2, 4]),
+        "a": np.array([4]),
+        "m": np.array(maker),
+    }
+    found = node_bits(READER, assignment)
+    assert BOPs().node_cost(READER, found) == pytest.approx(bops)
+    assert found.stored_bits == bits
+    assert [(n, flags.tolist()) for n, flags in idle_gates(READER, assignment)] == [("w", idle)]
