@@ -32,6 +32,7 @@ from cgmq_fx.cost_models.errors import OptionError
 from cgmq_fx.directions import Direction, GateView, speeds
 from cgmq_fx.gates import GateLayout, Levels, level_of
 from cgmq_fx.marginals import Marginals
+from cgmq_fx.passes.processes import Averages
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.projection import Projection
 from cgmq_fx.readout import Readout
@@ -77,8 +78,9 @@ class Controller:
         self.layout = GateLayout.of(facts.quantizers, tables)
         self._quantizers = [quantizers[q.name] for q in self.layout.quantizers]
         self._tables = [tables[q.name] for q in self.layout.quantizers]
+        averages = Averages()
         for quantizer in self._quantizers:
-            quantizer.observe(direction.statistic)
+            quantizer.observe(direction.statistic, averages)
         count = self.layout.count
         self.gates = count.float()
         self._levels = count - 1

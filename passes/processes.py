@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
+import torch
 from torch import Tensor, distributed
+from torch.autograd import Variable
 
 from cgmq_fx.cost_models.errors import OptionError
 
@@ -16,15 +19,49 @@ def process_count() -> int:
     return distributed.get_world_size()
 
 
-def average_across_processes(y: Tensor) -> None:
-    """Have the gradient of `y`, a function of parameters alone, averaged before it is used.
+class Averages:
+    """Has gradients of functions of parameters averaged over the processes, all in one exchange.
 
     DistributedDataParallel averages the gradients of parameters when backward has passed them. The
-    statistic of a weight's gate is a square, so it needs the average before that, to be the one of
-    the whole batch.
+    statistic of a weight's gate is a square, so it needs the average itself, to be the one of the
+    whole batch. Nothing in backward waits for that: gradients are kept until its end, averaged
+    together, and reported then.
     """
-    if process_count() > 1:
-        y.register_hook(_average)
+
+    def __init__(self) -> None:
+        self._task = -1
+        self._waiting: list[tuple[Tensor, Callable[[Tensor], None]]] = []
+
+    def watch(self, y: Tensor, report: Callable[[Tensor], None]) -> None:
+        """Call `report` with the average of the gradient of `y` when a backward pass ends.
+
+        Args:
+            y: A function of parameters alone, the same in all processes.
+            report: Takes a tensor like `y`.
+        """
+        y.register_hook(partial(self._wait, report))
+
+    def _wait(self, report: Callable[[Tensor], None], grad: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != self._task:  # what an interrupted pass has left is dropped
+            self._task, self._waiting = task, []
+            Variable._execution_engine.queue_callback(self._exchange)
+        self._waiting.append((grad, report))
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        flat = torch.cat([grad.reshape(-1) for grad, _ in waiting])
+        distributed.all_reduce(flat)
+        flat /= process_count()
+        parts = flat.split([grad.numel() for grad, _ in waiting])
+        for (grad, report), part in zip(waiting, parts, strict=True):
+            report(part.view(grad.shape).to(grad.dtype))
+
+
+def average_across_processes(y: Tensor) -> None:
+    """Have the gradient of `y` averaged before backward goes on, for graphs that are compiled."""
+    y.register_hook(_average)
 
 
 def _average(grad: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.grid import PASS_THROUGH, finest_step, power_of_two_range
-from cgmq_fx.passes.kernel import Statistic, fake_quantize
-from cgmq_fx.passes.processes import average_across_processes
+from cgmq_fx.passes.kernel import Statistic, fake_quantize, fake_quantize_backward
+from cgmq_fx.passes.processes import Averages, average_across_processes, process_count
 from cgmq_fx.passes.recompute import remember
 
 _INT32_CODES = 2147483520.0  # the largest float32 below 2^31
@@ -65,6 +66,7 @@ class Quantizer(nn.Module):
         self.spec = spec
         self.signed = spec.signed
         self.statistic = Statistic.NONE
+        self.averages = Averages()
         self.log_range = nn.Parameter(torch.zeros(spec.range_shape, device=device))
         shape = spec.gate_shape
         self.register_buffer(
@@ -87,27 +89,57 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The rounded tensor, of the same shape and dtype."""
-        limit, bits = self.limit, self.bits
+        limit, bits, compiling = self.limit, self.bits, torch.compiler.is_compiling()
+        probe = self.probe if torch.is_grad_enabled() else None
+        shared = probe is not None and self.spec.role is Role.WEIGHT and process_count() > 1
         y: Tensor = fake_quantize(
             x,
             limit,
             bits,
             self.adjacent,
-            self.probe if torch.is_grad_enabled() else None,
+            None if shared and not compiling else probe,
             self.signed,
             self.spec.batched,
             int(self.statistic),
         )
-        if not torch.compiler.is_compiling() and y.requires_grad:
+        if not compiling and y.requires_grad:
             value, signed = (x.detach(), limit.detach(), bits), self.signed
             remember(y, lambda: fake_quantize(*value, None, None, signed, False, 0))
-        if self.probe is not None and self.spec.role is Role.WEIGHT and y.requires_grad:
-            average_across_processes(y)
+        if shared and y.requires_grad:
+            if compiling:
+                average_across_processes(y)
+            else:
+                self.averages.watch(y, partial(self._report, x.detach(), limit.detach()))
         return y
 
-    def observe(self, statistic: Statistic) -> None:
-        """Report `statistic` from every backward pass, or nothing for `Statistic.NONE`."""
+    def _report(self, x: Tensor, limit: Tensor, grad: Tensor) -> None:
+        """Add to the probe's gradient what the backward pass would have, for another gradient."""
+        assert self.probe is not None
+        *_, reported = fake_quantize_backward(
+            grad,
+            x,
+            limit,
+            self.bits,
+            self.adjacent,
+            self.signed,
+            self.spec.batched,
+            int(self.statistic),
+        )
+        if self.probe.grad is None:
+            self.probe.grad = reported
+        else:
+            self.probe.grad += reported
+
+    def observe(self, statistic: Statistic, averages: Averages | None = None) -> None:
+        """Report `statistic` from every backward pass, or nothing for `Statistic.NONE`.
+
+        Args:
+            statistic: What to report.
+            averages: Averages gradients over processes; shared by quantizers, they are averaged in
+                one exchange.
+        """
         self.statistic = statistic
+        self.averages = averages or Averages()
         if statistic is Statistic.NONE:
             self.adjacent = self.probe = None
             return

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import cgmq_fx
 from cgmq_fx.cost_models.errors import OptionError
+from cgmq_fx.passes.processes import Averages
 from cgmq_fx.passes.quantizer import Quantizer
 
 STEPS = 12
@@ -94,3 +95,30 @@ def test_sharded_parameters_are_refused(one_process: None) -> None:
     run.model(inputs).sum().backward()
     with pytest.raises(OptionError, match=r"sharded \(FSDP\).*DistributedDataParallel instead"):
         run.step()
+
+
+def test_gradients_are_averaged_when_backward_ends(one_process: None) -> None:
+    weights = [torch.ones(2, 3, requires_grad=True), torch.ones(4, requires_grad=True)]
+    averages = Averages()
+    reported: list[Tensor] = []
+
+    def loss() -> Tensor:
+        first, second = (w * 2 for w in weights)
+        for y in (first, second):
+            averages.watch(y, reported.append)
+        return (first.sum() * 3 + second.sum() * 5).log()
+
+    def fails(_: Tensor) -> None:
+        raise RuntimeError("on the way")
+
+    broken = loss()
+    hook = weights[1].register_hook(fails)
+    with pytest.raises(RuntimeError, match="on the way"):
+        broken.backward()
+    assert not reported
+    hook.remove()
+    loss().backward()
+    # 3 * 12 + 5 * 8 = 76
+    first, second = sorted(reported, key=Tensor.numel, reverse=True)
+    torch.testing.assert_close(first, torch.full((2, 3), 3 / 76))
+    torch.testing.assert_close(second, torch.full((4,), 5 / 76))
