@@ -124,7 +124,7 @@ def quantize(
     with TURN, _seeded(seed):
         inputs = example_inputs_of(model, example_inputs, train_data, loss is not None)
         captured = float_graph(model, inputs)
-        where.preset.check_ops(captured.module)
+        where.preset.check_ops(captured)
         teacher = copy_graph(captured.module).eval() if loss is None else None
         data = SyntheticBatches(captured.inputs, seed) if train_data is None else train_data
         first_batch(data, "train_data")

@@ -165,7 +165,7 @@ def explain(
     parsed = parse_budget(budget, where.chip)
     inputs = example_inputs_of(model, example_inputs, None, supervised=False)
     captured = float_graph(model, inputs)
-    where.preset.check_ops(captured.module)
+    where.preset.check_ops(captured)
     _, facts = quantized_graph(captured, chosen)
     check_cost_models(facts, parsed)
     floor = Ledger(facts, parsed, lowest_bits(facts))

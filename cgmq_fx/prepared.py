@@ -394,5 +394,5 @@ def prepare(
     parsed = parse_budget(budget, where.chip)
     inputs = example_inputs_of(model, example_inputs, None, supervised=False)
     captured = float_graph(model, inputs)
-    where.preset.check_ops(captured.module)
+    where.preset.check_ops(captured)
     return Prepared(captured, parsed, chosen, direction_of(direction), search_steps)

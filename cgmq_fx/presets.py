@@ -6,7 +6,7 @@ from a JSON file. `target=` takes the name of either, the path of a chip's file,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from cgmq_fx.cost_models import Target, load_target, target_names
 from cgmq_fx.cost_models.errors import OptionError, UnknownTargetError, UnsupportedModelError
+from cgmq_fx.passes.capture import Captured
 from cgmq_fx.passes.infra import place
 from cgmq_fx.passes.opaque import OpaqueCall
 from cgmq_fx.passes.scheme import Granularity, Scheme
@@ -26,12 +27,16 @@ from cgmq_fx.runtime_ops import (
     HLS4ML,
     HLS4ML_RULES,
     LITERT,
+    ONNXRUNTIME,
     XNNPACK,
     Rule,
 )
 
 _CONTAINER = tuple(range(2, 9))
 """Bit-widths of codes that a runtime with 8-bit tensors holds."""
+
+Trial: TypeAlias = Callable[[Captured], str | None]
+"""Tries a captured float graph in a runtime: what speaks against it, or None."""
 
 _DEFAULTS = Scheme()
 _FEW = 24
@@ -52,6 +57,7 @@ class Preset:
         weights: The granularities that gates of weights may have.
         ops: Names of the ATen ops that it executes exactly; empty for any.
         rules: For some of them, what says why a node cannot be executed after all.
+        trial: Tries a model that has other ops; what speaks against it, or None.
         channels_last: Whether what is deployed takes images with their channels last.
     """
 
@@ -63,6 +69,7 @@ class Preset:
     weights: tuple[Granularity, ...] = ("tensor", "channel", "element")
     ops: tuple[str, ...] = ()
     rules: tuple[tuple[str, Rule], ...] = ()
+    trial: Trial | None = None
     channels_last: bool = False
 
     def apply(self, given: Scheme | None) -> Scheme:
@@ -82,39 +89,47 @@ class Preset:
             self._check(chosen)
         return chosen
 
-    def check_ops(self, module: GraphModule) -> None:
+    def check_ops(self, captured: Captured) -> None:
         """Insist that the runtime executes every op of a model, before it is trained.
 
         Args:
-            module: The captured and normalised float graph.
+            captured: The captured and normalised float graph.
 
         Raises:
             UnsupportedModelError: Naming the nodes that it does not execute, and where they are.
         """
+        nodes = captured.module.graph.nodes
+        said = {node: self._foreign(captured.module, node) for node in nodes}
+        untried = {node: name for node in nodes if (name := self._untried(node))}
+        hint = self._known
+        if untried and self.trial is not None and not any(said.values()):
+            reason = self.trial(captured)
+            if reason is None:
+                return
+            hint = reason
+        said |= untried
         foreign: dict[str, str] = {}
-        for node in module.graph.nodes:
-            said = self._foreign(module, node)
-            if said:
-                foreign.setdefault(said, f"{said} ({place(node) or node.name})")
+        for node, what in said.items():
+            if what:
+                foreign.setdefault(what, f"{what} ({place(node) or node.name})")
         if foreign:
             listed = "; ".join(foreign.values())
-            raise UnsupportedModelError(
-                f"the target {self.name} cannot execute {listed}; {self._known}"
-            )
+            raise UnsupportedModelError(f"the target {self.name} cannot execute {listed}; {hint}")
 
     def _foreign(self, module: GraphModule, node: Node) -> str | None:
-        """What a node does that the runtime does not execute, or was never seen to."""
+        """What a node does that the runtime is known not to execute."""
         if node.op == "call_module" and self.formats:
             owner = module.get_submodule(str(node.target))
             return f"{owner.path}, kept as it is" if isinstance(owner, OpaqueCall) else None
         name = float_op(node)
-        if not name:
-            return None
-        if self.ops and name not in self.ops:
-            return name
         rule = dict(self.rules).get(name)
         reason = rule(node) if rule is not None else None
         return f"{name} {reason}" if reason else None
+
+    def _untried(self, node: Node) -> str | None:
+        """The op of a node that the runtime was never seen to execute."""
+        name = float_op(node)
+        return name if name and self.ops and name not in self.ops else None
 
     @property
     def _known(self) -> str:
@@ -168,6 +183,12 @@ def _nest(widths: Sequence[int]) -> bool:
     return all(b % a == 0 for a, b in pairwise(widths))
 
 
+def _in_onnx(captured: Captured) -> str | None:
+    from cgmq_fx.exporters.onnx_trial import onnx_refusal  # it imports what exports results
+
+    return onnx_refusal(captured)
+
+
 _INTEGER = Scheme(bit_widths=(2, 4, 8), output_bits=8)
 _SHIFTS = replace(_INTEGER, weight_ranges="tensor", power_of_two=True)
 
@@ -181,6 +202,8 @@ PRESETS = {
             "ONNX Runtime on its integer kernels: 8-bit tensors, weights per channel.",
             ("onnx",),
             _INTEGER,
+            ops=ONNXRUNTIME,
+            trial=_in_onnx,
         ),
         Preset(
             "fpga",

@@ -69,7 +69,7 @@ def _words(names: str) -> tuple[str, ...]:
     return tuple(names.split())
 
 
-_BOTH = _words(
+_ALL = _words(
     """
     adaptive_avg_pool2d add amax cat clamp clone contiguous conv1d conv2d conv_transpose2d
     div dropout embedding flatten gelu hardsigmoid hardswish hardtanh layer_norm leaky_relu
@@ -78,12 +78,12 @@ _BOTH = _words(
     upsample_nearest2d view
     """
 )
-"""What ExecuTorch and LiteRT execute; reshape and view are one to their converters."""
+"""What all of these execute; reshape and view are one to their converters."""
 
-LITERT = (*_BOTH, "batch_norm")
+LITERT = (*_ALL, "batch_norm")
 """What LiteRT's converter takes and its interpreter computes."""
 
-XNNPACK = _BOTH + _words(
+XNNPACK = _ALL + _words(
     """
     abs adaptive_avg_pool1d avg_pool1d avg_pool2d celu channel_shuffle chunk
     conv_transpose1d cos elu exp expand flip floor group_norm index instance_norm log
@@ -93,3 +93,17 @@ XNNPACK = _BOTH + _words(
     """
 )
 """What ExecuTorch takes; what XNNPACK has no kernels for runs beside it."""
+
+ONNXRUNTIME = _ALL + _words(
+    """
+    abs adaptive_avg_pool1d adaptive_max_pool1d adaptive_max_pool2d amin avg_pool1d
+    avg_pool2d batch_norm bmm celu channel_shuffle chunk clamp_max clamp_min conv3d
+    conv_transpose1d cos cumsum detach elu erf exp expand expand_as flip floor gather glu
+    group_norm hardshrink index instance_norm linalg_vector_norm log log_sigmoid log_softmax
+    masked_fill max_pool1d maximum minimum mish movedim narrow neg pixel_shuffle
+    pixel_unshuffle pow prelu reciprocal repeat repeat_interleave rms_norm roll round rsqrt
+    rsub selu sign sin softplus softshrink sqrt square stack std threshold tile
+    upsample_bicubic2d upsample_bilinear2d upsample_nearest1d var where zeros
+    """
+)
+"""What ONNX Runtime executes; a model with another op is tried as a whole, in float."""

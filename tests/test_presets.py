@@ -17,9 +17,11 @@ from cgmq_fx import PRESETS, OptionError, Preset, Scheme, TargetError, Unsupport
 from cgmq_fx.cli import main
 from cgmq_fx.cost_models import load_target, target_names
 from cgmq_fx.exporters import exporters
+from cgmq_fx.exporters.onnx_file import Portable
+from cgmq_fx.passes.capture import Captured
 from cgmq_fx.passes.inputs import ExampleInputs
 from cgmq_fx.prepared import float_graph
-from cgmq_fx.presets import NONE, deployment
+from cgmq_fx.presets import NONE, deployment, float_op
 from tests.deploy_nets import float_net, inputs_of
 from tests.nets import quantizers, small_classifier
 from tests.test_opaque import Block, Outlier
@@ -136,6 +138,21 @@ def test_an_op_that_was_never_tried_is_refused_before_training(name: str) -> Non
     cgmq_fx.prepare(model, "bops <= 5%", torch.rand(2, 8), target=anything)
 
 
+def test_an_op_that_was_never_tried_is_tried_in_onnx() -> None:
+    inputs = torch.rand(2, 8)
+    cgmq_fx.prepare(Between(torch.cosh, (8,)), "bops <= 5%", inputs, target="onnxruntime")
+    message = r"target onnxruntime cannot execute lgamma \(.*\); torch.onnx cannot translate"
+    with pytest.raises(UnsupportedModelError, match=message):
+        cgmq_fx.prepare(Between(torch.lgamma, (8,)), "bops <= 5%", inputs, target="onnxruntime")
+
+
+def test_without_its_packages_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Portable, "packages", ("no_such_package",))
+    message = r"cannot execute cosh \(.*no_such_package.*pip install"
+    with pytest.raises(UnsupportedModelError, match=message):
+        graph_of(Between(torch.cosh, (8,)), torch.rand(2, 8), "onnxruntime")
+
+
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_a_module_that_is_kept_as_it_is_cannot_be_deployed(name: str) -> None:
     message = rf"target {name} cannot execute inner\.0, kept as it is"
@@ -143,16 +160,20 @@ def test_a_module_that_is_kept_as_it_is_cannot_be_deployed(name: str) -> None:
         cgmq_fx.prepare(Block(Outlier()), "bops <= 60%", torch.randn(4, 8), target=name)
 
 
-def graph_of(model: nn.Module, inputs: torch.Tensor, name: str) -> None:
-    """Check the float graph of a model."""
+def graph_of(model: nn.Module, inputs: torch.Tensor, name: str) -> Captured:
+    """The float graph of a model, checked."""
     captured = float_graph(model.eval(), ExampleInputs((inputs,)))
-    PRESETS[name].check_ops(captured.module)
+    PRESETS[name].check_ops(captured)
+    return captured
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "xnnpack", "litert"])
 @pytest.mark.parametrize("net", ["lenet5", "mlp", "resnet20", "separable", "transformer"])
 def test_what_was_seen_to_export_is_taken(net: str, name: str) -> None:
-    graph_of(float_net(net), inputs_of(net, 2).args[0], name)
+    captured = graph_of(float_net(net), inputs_of(net, 2).args[0], name)
+    found = {float_op(node) for node in captured.module.graph.nodes} - {""}
+    assert found
+    assert found <= set(PRESETS[name].ops)
 
 
 MINE = Preset("mine", "My chip.", (), Scheme((4, 8)), widths=(4, 8))

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, final
 import numpy as np
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import ExportError
@@ -89,12 +90,27 @@ def to_onnx(source: Source, opset: int = OPSET) -> Any:
     module = copy_graph(source.lowered_with_offset)
     module = run_passes(module, [HoistCodes(), AbsorbClamps(), SurroundOps()])
     program = exported_program(module, source.inputs)
+    exported = translated(program, translations(), opset)
+    return without_notes(exported.model, source.manifest)
+
+
+def translated(program: ExportedProgram, table: dict[Any, Any], opset: int) -> Any:
+    """What torch.onnx makes of a program.
+
+    Args:
+        program: The program.
+        table: Translations of ops that are not PyTorch's own.
+        opset: Version of the operators.
+
+    Raises:
+        ExportError: If torch.onnx has no translation of an op.
+    """
     try:
         with quiet():
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
-                custom_translation_table=translations(),
+                custom_translation_table=table,
                 opset_version=opset,
                 verbose=False,
             )
@@ -102,7 +118,7 @@ def to_onnx(source: Source, opset: int = OPSET) -> Any:
         raise ExportError(f"torch.onnx cannot translate the model: {error}") from error
     if exported is None:
         raise ExportError("torch.onnx gave no program")
-    return without_notes(exported.model, source.manifest)
+    return exported
 
 
 def without_notes(model: Any, manifest: str) -> Any:

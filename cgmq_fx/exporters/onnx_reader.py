@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ MANIFEST = "cgmq_fx"
 _MOST_BYTES = 1 << 31
 _LIMITS: dict[str, tuple[int, ...]] = {"Max": (0,), "Min": (1,), "Clip": (0, 1)}
 """Which ends of the values an op limits: lower, upper."""
+
+_SHAPELESS = frozenset({"GroupNormalization"})
+"""Ops whose output has the shape of their first input, which onnx's inference does not tell."""
 
 
 def read_onnx(path: Path) -> Counted:
@@ -81,7 +85,27 @@ def _with_shapes(model: Any, batch: int) -> Any:
             )
     for given in model.graph.output:
         given.type.tensor_type.ClearField("shape")
-    return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    with _as_identities(model.graph):
+        found = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    del found.graph.node[:]
+    found.graph.node.extend(model.graph.node)
+    return found
+
+
+@contextmanager
+def _as_identities(graph: Any) -> Iterator[None]:
+    """For a while, what keeps the shape of its input though onnx does not say so is an identity."""
+    replaced = []
+    for node in graph.node:
+        if node.op_type in _SHAPELESS:
+            replaced.append((node, node.SerializeToString()))
+            del node.input[1:], node.attribute[:]
+            node.op_type = "Identity"
+    try:
+        yield
+    finally:
+        for node, whole in replaced:
+            node.ParseFromString(whole)
 
 
 class _Reader:
