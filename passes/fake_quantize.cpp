@@ -75,8 +75,8 @@ void forward(const Inputs<W>& in, const T* x, T* y, int threads) {
   if (plan.mode == Mode::kElements) parallel(in.shape.size, kBlock, plan.threads, elements);
 }
 
-// Sums of every thread, added up at the end in the order of the threads: of the ranges, of the
-// gates, and, where every value has a gate, of their highest codes.
+// Sums of every part, added up at the end in the order of the parts: of the ranges, of the gates,
+// and, where every value has a gate, of their highest codes.
 struct Sums {
   int64_t ranges, gates;
   std::vector<std::vector<double>> rows;

@@ -14,6 +14,7 @@
 
 #if defined(_OPENMP)
 extern "C" int omp_get_thread_num();
+extern "C" int omp_get_num_threads();
 #endif
 
 namespace {
@@ -40,7 +41,8 @@ struct Inputs {
   Shape shape;
 };
 
-// Runs `body(thread, begin, end)` on stretches of [0, count), each a multiple of `unit` long.
+// Runs `body(part, begin, end)` on stretches of [0, count), each a multiple of `unit` long. There
+// may be fewer threads than asked for (OMP_THREAD_LIMIT, OMP_DYNAMIC): they take several parts then.
 template <class Body>
 void parallel(int64_t count, int64_t unit, int threads, const Body& body) {
   const int64_t units = (count + unit - 1) / unit;
@@ -48,10 +50,8 @@ void parallel(int64_t count, int64_t unit, int threads, const Body& body) {
 #if defined(_OPENMP)
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
-    {
-      const int64_t begin = omp_get_thread_num() * each;
-      if (begin < count) body(omp_get_thread_num(), begin, std::min(count, begin + each));
-    }
+    for (int t = omp_get_thread_num(); t * each < count; t += omp_get_num_threads())
+      body(t, t * each, std::min(count, (t + 1) * each));
     return;
   }
 #endif

@@ -1,7 +1,9 @@
 """The native kernel against the reference in PyTorch, and what happens where it cannot be had."""
 
 import logging
+import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -316,3 +318,25 @@ def test_without_openmp_it_runs_on_one_thread(fresh: Path, monkeypatch: pytest.M
     found = native.forward(data.x, data.limit, data.bits, True)
     assert found is not None
     assert torch.equal(found, reference(data.x, data.limit, data.bits, True))
+
+
+FEWER = """
+import torch
+from cgmq_fx.passes import native
+from cgmq_fx.passes.kernel import reference
+
+torch.set_num_threads(4)
+x, limit, bits = torch.linspace(-1, 1, 200_000), torch.tensor(0.9), torch.tensor(4)
+found = native.forward(x, limit, bits, True)
+assert torch.equal(found, reference(x, limit, bits, True))
+*_, changes = native.backward(x, x, limit, bits, torch.tensor(2), True, False)
+torch.set_num_threads(1)
+alone = native.backward(x, x, limit, bits, torch.tensor(2), True, False)[2]
+torch.testing.assert_close(changes, alone, rtol=1e-5, atol=0)
+"""
+
+
+@pytest.mark.parametrize("setting", ["OMP_THREAD_LIMIT=1", "OMP_THREAD_LIMIT=3", "OMP_DYNAMIC=1"])
+def test_fewer_threads_than_asked_for_do_all_of_it(setting: str) -> None:
+    name, value = setting.split("=")
+    subprocess.run([sys.executable, "-c", FEWER], env={**os.environ, name: value}, check=True)
