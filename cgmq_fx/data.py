@@ -1,7 +1,8 @@
 """Batches in the forms that people have them in, turned into arguments of the model.
 
 A batch is a tensor, a tuple or list of inputs, `(inputs, target)`, `(*inputs, target)`, or a dict
-whose keys are names of the model's parameters, other keys being targets.
+whose keys are names of the model's parameters, other keys being targets. NumPy's arrays become
+tensors.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -21,6 +23,7 @@ from cgmq_fx.cost_models.errors import DataError
 from cgmq_fx.passes.capture import ExampleInputs
 
 _SYNTHETIC_BATCHES = 32
+_NO_TARGET = ", as every key of it is a parameter of the model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +91,26 @@ def split_batch(batch: Any, signature: Signature, supervised: bool) -> Batch:
     Raises:
         DataError: If the batch has none of the forms, or no target where one is needed.
     """
-    found = _split(batch, signature, supervised)
+    found = _split(_as_tensors(batch), signature, supervised)
     if supervised and found.target is None:
         raise DataError(
-            f"a loss was given, but the batch ({_describe(batch)}) has no target; make batches "
-            "(inputs, target), or leave out loss= so that the float model is the teacher"
+            f"a loss was given, but the batch ({_describe(batch)}) has no target"
+            f"{_NO_TARGET if isinstance(batch, Mapping) else ''}; make batches (inputs, target), "
+            "or leave out loss= so that the float model is the teacher"
         )
     return found
+
+
+def _as_tensors(batch: Any) -> Any:
+    """The batch with tensors in place of NumPy's arrays."""
+    if not any(isinstance(leaf, np.ndarray) for leaf in pytree.tree_leaves(batch)):
+        return batch
+    try:
+        return pytree.tree_map(
+            lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x, batch
+        )
+    except TypeError as error:
+        raise DataError(f"a batch holds an array that is no tensor: {error}") from error
 
 
 def _split(batch: Any, signature: Signature, supervised: bool) -> Batch:

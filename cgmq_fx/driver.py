@@ -119,6 +119,7 @@ def quantize(
     parsed = parse_budget(budget, where.chip)
     if not isinstance(epochs, int) or epochs < 0:
         raise OptionError(f"epochs must be a whole number, 0 or more, not {epochs!r}")
+    _check_callable(loss=loss, metric=metric, optimizer=optimizer)
     if train_data is None and loss is not None:
         raise DataError("a loss was given, but no train_data; pass it, or leave out loss=")
     with TURN, _seeded(seed):
@@ -161,6 +162,19 @@ def quantize(
         if checkpoint is not None:
             run.resume(checkpoint, identity, (data, val_data))
         return run.train(data, val_data, epochs)
+
+
+_CALLS = {
+    "loss": "loss(output, target), such as torch.nn.functional.cross_entropy",
+    "metric": "metric(output, target)",
+    "optimizer": "optimizer(groups), such as lambda groups: torch.optim.SGD(groups, 0.01)",
+}
+
+
+def _check_callable(**options: Any) -> None:
+    for name, given in options.items():
+        if given is not None and not callable(given):
+            raise OptionError(f"{name}= takes a function, {_CALLS[name]}; not {given!r}")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from difflib import get_close_matches
 from math import fsum
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -129,8 +130,10 @@ def cost_model(name: str, target: Target | None = None) -> CostModel:
     """
     if name not in _REGISTRY:
         known = ", ".join(sorted(_REGISTRY))
+        close = get_close_matches(name.lower(), _REGISTRY, 1)
+        hint = f"did you mean {close[0]!r}? Known" if close else "known"
         raise UnknownCostError(
-            f"there is no cost model named {name!r}; known are {known}. "
+            f"there is no cost model named {name!r}; {hint} are {known}. "
             "Register your own with cgmq_fx.register_cost_model"
         )
     try:

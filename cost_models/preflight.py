@@ -16,6 +16,8 @@ from cgmq_fx.cost_models.facts import CONVENTION, GraphFacts
 from cgmq_fx.cost_models.ledger import Ledger, highest_bits, inside_scope, lowest_bits
 
 _DOMINANT = 3
+_SHARE = 100
+"""Up to here a bound without a unit may have been meant as per cent."""
 
 
 def check_cost_models(graph: GraphFacts, budget: Budget) -> None:
@@ -138,7 +140,10 @@ def _infeasible(ledger: Ledger, index: int) -> str:
         floor, bound = f"{state.relative:.3%}", f"{state.constraint.bound.value:.3%}"
     else:
         floor, bound = f"{state.value:,.6g} {unit}", f"{state.limit:,.6g} {unit}"
+    hint = ""
+    if not state.constraint.bound.relative and state.limit <= _SHARE <= state.value:
+        hint = f' (a share is written with a percent sign, as in "{name} <= {state.limit:g}%")'
     return (
-        f"{name} <= {bound} is asked for, but with every gate at its smallest bit-width it is "
-        f"still {floor}, most of it in {dominating(ledger, index)}"
+        f"{name} <= {bound} is asked for{hint}, but with every gate at its smallest bit-width it "
+        f"is still {floor}, most of it in {dominating(ledger, index)}"
     )

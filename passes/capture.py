@@ -23,12 +23,13 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from cgmq_fx.cost_models.errors import CaptureError
+from cgmq_fx.cost_models.errors import CaptureError, UnsupportedModelError
 from cgmq_fx.passes.attention import note_training_dropout
 from cgmq_fx.passes.copying import copy_graph, copy_model
 from cgmq_fx.passes.infra import run_passes
 from cgmq_fx.passes.inputs import ExampleInputs
 from cgmq_fx.passes.opaque import OpaqueCall, RestoreOpaque, culprit, stand_ins
+from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.passes.tracing import (
     any_batch,
     assumptions,
@@ -74,7 +75,13 @@ def capture(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Captur
     Raises:
         CaptureError: If the model cannot be called with the inputs, or nothing of it can be
             captured.
+        UnsupportedModelError: If it has been quantized already.
     """
+    if isinstance(model, nn.Module) and any(isinstance(m, Quantizer) for m in model.modules()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has quantizers already: it comes from quantize or prepare; "
+            "give the float model, and the result as start= to go on from there"
+        )
     if isinstance(model, ExportedProgram):
         with quiet():
             module = plain(copy.deepcopy(model))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,13 @@ def test_forms_of_batches(
     assert same(found.target, target)
 
 
+def test_arrays_become_tensors() -> None:
+    images, labels = np.ones((2, 3), dtype=np.float32), np.arange(2)
+    found = split_batch((images, labels), ONE, True)
+    assert torch.equal(found.inputs.args[0], torch.ones(2, 3))
+    assert torch.equal(found.target, torch.arange(2))
+
+
 def same(found: Any, expected: Any) -> bool:
     """Whether two structures hold the very same tensors."""
     (left, one), (right, other) = map(torch.utils._pytree.tree_flatten, (found, expected))
@@ -87,6 +95,8 @@ def same(found: Any, expected: Any) -> bool:
         (X, ONE, True, r"a loss was given, but the batch \(\(2, 3\)\) has no target"),
         ((X,), ONE, True, "has no target"),
         ({"x": X}, ONE, True, "leave out loss= so that the float model is the teacher"),
+        ({"x": X}, ONE, True, "no target, as every key of it is a parameter of the model; make"),
+        ((np.array(["a"]), T), ONE, True, "a batch holds an array that is no tensor: can't"),
     ],
 )
 def test_forms_that_cannot_be_read(

@@ -54,6 +54,31 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"0\.390% is asked for.*still 0\.517%",
     ),
     "unknown cost": (lambda: quantize("watts <= 1"), cgmq_fx.UnknownCostError, "known are .*bops"),
+    "cost in capitals": (
+        lambda: quantize("BOPs <= 1%"),
+        cgmq_fx.UnknownCostError,
+        "no cost model named 'BOPs'; did you mean 'bops'",
+    ),
+    "per cent forgotten": (
+        lambda: quantize("bops <= 0.4"),
+        cgmq_fx.InfeasibleBudgetError,
+        r'asked for \(a share is written with a percent sign, as in "bops <= 0\.4%"\)',
+    ),
+    "loss is a name": (
+        lambda: quantize(loss="cross_entropy"),
+        cgmq_fx.OptionError,
+        r"loss= takes a function, loss\(output, target\).*not 'cross_entropy'",
+    ),
+    "optimizer is a name": (
+        lambda: quantize(optimizer="sgd"),
+        cgmq_fx.OptionError,
+        r"optimizer= takes a function, optimizer\(groups\).*not 'sgd'",
+    ),
+    "quantized already": (
+        lambda: cgmq_fx.quantize(quantize().model, "bops <= 5%", batches(), progress=False),
+        cgmq_fx.UnsupportedModelError,
+        "has quantizers already.*give the float model",
+    ),
     "malformed": (lambda: quantize("bops 5%"), cgmq_fx.BudgetError, "cannot read 'bops 5%'"),
     "zero": (lambda: quantize("bops <= 0"), cgmq_fx.BudgetError, "positive, finite"),
     "nan": (lambda: quantize({"bops": float("nan")}), cgmq_fx.BudgetError, "positive, finite"),
