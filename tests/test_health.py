@@ -108,6 +108,20 @@ def test_training_that_helps_says_nothing() -> None:
     assert result.warnings == ()
 
 
+def test_harm_is_judged_on_what_was_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[float]] = []
+
+    def judge(result: Result, *rest: Any) -> tuple[str, tuple[str, ...]]:
+        seen.append(rest[-1](result.model))
+        return "", ()
+
+    monkeypatch.setattr("cgmq_fx.run.verdict", judge)
+    wrong = [(x, (y + 1) % 3) for x, y in DATA[:5]]  # the better on DATA, the worse here
+    result = run(1e-2, val_data=wrong)
+    assert len(seen[0]) == len(DATA)
+    assert sum(seen[0]) / len(DATA) == pytest.approx(loss_of(result))
+
+
 def test_a_resumed_run_ends_in_the_same_best_state(tmp_path: Path) -> None:
     kept = Checkpoint(tmp_path, steps=7)
     first = run(5.0, checkpoint=kept)

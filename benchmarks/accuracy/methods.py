@@ -133,8 +133,9 @@ class Outcome:
     bits: Assignment
 
 
-def _outcome(result: Result) -> Outcome:
-    return Outcome(result.metrics["accuracy"], result.cost.states, result.cost.assignment)
+def _outcome(result: Result, test: Data) -> Outcome:
+    found = accuracy(result.model, test)
+    return Outcome(found, result.cost.states, result.cost.assignment)
 
 
 def _ours(direction: str) -> Callable[..., Outcome]:
@@ -144,7 +145,6 @@ def _ours(direction: str) -> Callable[..., Outcome]:
             job.bound,
             train,
             loss=cross_entropy,
-            val_data=test,
             epochs=job.epochs,
             scheme=job.case.scheme,
             direction=direction,
@@ -152,7 +152,7 @@ def _ours(direction: str) -> Callable[..., Outcome]:
             checkpoint=folder,
             progress=False,
         )
-        return _outcome(result)
+        return _outcome(result, test)
 
     return quantized
 
@@ -193,8 +193,8 @@ def _tuned(job: Job, prepared: Prepared, train: Batches, test: Data, folder: Pat
     driver = Run(
         prepared, None, cross_entropy, None, default_optimizer, steps, search_steps(steps), []
     )
-    driver.resume(folder, {"job": job.key}, (train, test))
-    return _outcome(driver.train(train, test, job.epochs))
+    driver.resume(folder, {"job": job.key}, (train, None))
+    return _outcome(driver.train(train, None, job.epochs), test)
 
 
 def _penalty(job: Job, model: nn.Module, train: Batches, test: Data, folder: Path) -> Outcome:
@@ -220,9 +220,7 @@ def _penalty(job: Job, model: nn.Module, train: Batches, test: Data, folder: Pat
             penalised.harden()
             optimizer = default_optimizer(parameter_groups(prepared.model))
             rate = LambdaLR(optimizer, lambda later: factor(search + later))
-    result = prepared.finalize()
-    result.metrics = {"accuracy": accuracy(result.model, test)}
-    return _outcome(result)
+    return _outcome(prepared.finalize(), test)
 
 
 def _brevitas(job: Job, model: nn.Module, train: Batches, test: Data, folder: Path) -> Outcome:
