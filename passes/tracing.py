@@ -108,7 +108,11 @@ def assumptions(module: GraphModule) -> tuple[str, ...]:
 
 
 def plain(program: ExportedProgram) -> GraphModule:
-    """A GraphModule of our own: the exported one refuses train() and eval()."""
+    """A GraphModule of our own: the exported one refuses train() and eval().
+
+    All its buffers are part of its state: no code is left that would make those anew that the model
+    does not save.
+    """
     exported = program.module(check_guards=False)
     if not isinstance(exported, GraphModule):
         raise CaptureError(f"torch.export gave a {type(exported).__name__}, not a GraphModule")
@@ -116,6 +120,9 @@ def plain(program: ExportedProgram) -> GraphModule:
     module = GraphModule(exported, exported.graph, class_name="QuantizedGraph")
     module.graph.set_codegen(codegen)
     module.recompile()
+    for owner in module.modules():
+        for name, buffer in [*owner.named_buffers(recurse=False, remove_duplicate=False)]:
+            owner.register_buffer(name, buffer)
     return module
 
 

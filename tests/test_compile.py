@@ -20,6 +20,8 @@ def net() -> nn.Module:
     )
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower")  # on Python 3.13.0
+
 DATA = [(torch.rand(8, 1, 8, 8), torch.randint(3, (8,))) for _ in range(10)]
 
 

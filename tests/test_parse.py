@@ -136,7 +136,10 @@ def test_a_limit_is_absolute_or_a_share_of_the_reference() -> None:
 
 POSITIVE = "a bound must be a positive, finite number, not "
 REFUSED: list[tuple[Any, str]] = [
-    ("bopz <= 1%", "there is no cost model named 'bopz'; known are .*bops.*register_cost_model"),
+    (
+        "bopz <= 1%",
+        r"no cost model named 'bopz'; did you mean 'bops'\? Known are .*bops.*register_cost_model",
+    ),
     ({"bopz": 1}, "no cost model named 'bopz'"),
     ({3: 1}, "no cost model named '3'"),
     ("", "cannot read '' in the budget ''; each part is a cost"),

@@ -40,6 +40,7 @@ def load_model(name: str, state: Path | None = None) -> nn.Module | ExportedProg
     import torch
 
     from cgmq_fx.cost_models.errors import OptionError
+    from cgmq_fx.passes.tracing import quiet
 
     if name.endswith(".pt2"):
         if not Path(name).is_file():
@@ -47,7 +48,8 @@ def load_model(name: str, state: Path | None = None) -> nn.Module | ExportedProg
         if state is not None:
             raise OptionError(f"{name} has its weights in it; leave out --state")
         try:
-            return torch.export.load(name)
+            with quiet():  # it logs what it tries
+                return torch.export.load(name)
         except Exception as error:
             raise OptionError(f"cannot read {name} as a model of torch.export: {error}") from error
     if ":" not in name:
