@@ -61,9 +61,12 @@ class Soft(nn.Module):
         return below + share * (above - below)
 
     def _around(self) -> tuple[int, Tensor]:
-        """The level below, and which share of the way to the next one."""
+        """The level below, and which share of the way to the next one.
+
+        At either end and beyond, gradients pass, so that there is a way back.
+        """
         last = len(self.widths) - 1
-        place = self.place.clamp(0, last)
+        place = self.place + (self.place.clamp(0, last) - self.place).detach()
         low = min(int(place), last - 1)
         return low, place - low
 
