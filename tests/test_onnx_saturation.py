@@ -8,7 +8,7 @@ import pytest
 from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.exporters.onnx_reader import read_onnx
 from cgmq_fx.exporters.onnx_saturation import can_saturate
-from tests.deploy_nets import deployed
+from tests.deploy_nets import assert_counted, assert_runs, deployed, inputs_of
 
 onnx = pytest.importorskip("onnx")
 
@@ -64,6 +64,23 @@ def test_small_activations_leave_large_weights_signed(tmp_path: Path) -> None:
             assert (weight.dtype == np.uint8) is can_saturate(signed, 0, int(largest))
             seen.add(weight.dtype.name)
     assert seen == {"int8", "uint8"}
+
+
+def adds_in_32_bits() -> bool:
+    """Whether this processor is known to have VNNI."""
+    told = Path("/proc/cpuinfo")
+    return told.exists() and "vnni" in told.read_text()
+
+
+@pytest.mark.parametrize("name", ["lenet5", "separable"])
+def test_signed_files_have_no_unsigned_weight(name: str, tmp_path: Path) -> None:
+    result, exact = deployed(name, "w8"), adds_in_32_bits()
+    exported = result.export(tmp_path / "net.onnx", "onnx-signed", verify=exact)
+    stored = [onnx.numpy_helper.to_array(t) for t in onnx.load(exported.path).graph.initializer]
+    assert {values.dtype.name for values in stored if values.ndim > 1} == {"int8"}
+    assert_counted(exported, result)
+    if exact:
+        assert_runs(exported, result, inputs_of(name, 5))
 
 
 def test_a_weight_with_several_zero_points_is_refused(tmp_path: Path) -> None:

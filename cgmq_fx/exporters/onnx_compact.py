@@ -7,18 +7,13 @@ says, to the last code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, final
 
 import numpy as np
-from torch import Tensor
 
-from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_exporter
-from cgmq_fx.exporters.onnx_file import OPSET, drop_unread, run_onnx, to_onnx
-from cgmq_fx.exporters.onnx_reader import read_onnx
+from cgmq_fx.exporters.exporter import register_exporter
+from cgmq_fx.exporters.onnx_file import OPSET, QdqFile
 from cgmq_fx.exporters.onnx_saturation import avoid_saturation
-from cgmq_fx.passes.capture import ExampleInputs
 
 OPSET_OF_INT2 = 25
 IR_VERSION_OF_INT2 = 13
@@ -61,29 +56,16 @@ def without_fusion(options: Any) -> None:
 
 @final
 @register_exporter
-class Compact(Exporter):
+class Compact(QdqFile):
     """ONNX with packed INT2 and INT4 weights."""
 
     name: ClassVar[str] = "onnx-compact"
-    suffix: ClassVar[str] = ".onnx"
-    packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
-    extra: ClassVar[str] = "onnx"
-    readable: ClassVar[bool] = True
 
-    def write(self, source: Source, path: Path) -> None:
-        """Write it through torch.onnx, then pack."""
-        import onnx_ir as ir
-
-        model = to_onnx(source)
+    def store(self, model: Any) -> None:
+        """Pack what fits into fewer than 8 bits; the others are as in portable files."""
         pack(model)
         avoid_saturation(model)
-        drop_unread(model)
-        ir.save(model, path)
 
-    def read(self, path: Path) -> FileCost:
-        """Read its nodes and tensors with onnx."""
-        return read_onnx(path)
-
-    def run(self, path: Path, batches: Sequence[ExampleInputs]) -> list[list[Tensor]]:
-        """Run it in onnxruntime."""
-        return run_onnx(path, batches, without_fusion)
+    def configure(self, options: Any) -> None:
+        """See `without_fusion`."""
+        without_fusion(options)
