@@ -46,8 +46,9 @@ def verdict(
             lowest, label = start, name
     told = list(dead)
     if own and not surely_lower(own, start):
+        batches = "batches" if len(own) > 1 else "batch"
         told.append(
-            f"training has not lowered the loss: on {len(own)} batches it is {fmean(own):.4g} "
+            f"training has not lowered the loss: on {len(own)} {batches} it is {fmean(own):.4g} "
             f"after step {len(history.steps)}, and {fmean(start):.4g} within the same budget "
             "without training"
             + (f"; in training it was lowest about step {lowest_at}" if lowest_at else "")
