@@ -100,7 +100,10 @@ def load(path: str | Path, *, libraries: Collection[str] = ()) -> Result:
         ArtifactError: If the file cannot be read, is not an artifact of this library, is damaged,
             or is of a newer format.
         BoundError: If the model in it does not satisfy the budget that the file states.
-        UnknownCostError: If its budget names a cost model that is not registered here.
+        BudgetError: If its budget cannot be read (`UnknownCostError`: it names a cost model that is
+            not registered here).
+        CostModelError: If a cost model of its budget cannot be made from its name alone.
+        TargetError: If the table of a chip in it cannot be read.
     """
     header, tensors = _read(Path(path))
     version = header.get("format")

@@ -132,7 +132,7 @@ class Controller:
         return self.layout.worth(self._sensitivity)
 
     def start(self, bits: Assignment) -> None:
-        """Put the gates where they give these bits; those of quantizers without any stay open."""
+        """Put the gates where they give these bits; those of quantizers without any stay."""
         levels = self._levels.clone()
         for _, facts, part in self.layout:
             if facts.name in bits and bits[facts.name].size == facts.gates:

@@ -25,7 +25,8 @@ class GateView:
     """What a direction may look at, one entry per gate, all gates in one row.
 
     Attributes:
-        rows: Shape (rows of the statistic, gates): this step's statistic, summed over the batch.
+        rows: Shape (rows of the statistic, gates): the newest statistic, as `Statistic` says; on a
+            device other than the CPU that of the step before.
         sensitivity: Smoothed loss per squared step, see `Direction.sensitivity`; where
             distortions are measured, per unit of these.
         loss_down: Estimated loss that one level less would add.
@@ -74,7 +75,8 @@ class Direction(ABC):
         """This step's estimate of the loss that a unit of squared step costs, not negative.
 
         The controller smooths it over steps; the loss of an assignment is then taken as the sum of
-        sensitivity times squared step, which is what the projection minimises.
+        sensitivity times squared step (where distortions are measured, of these as shared by the
+        gates of a quantizer), which is what the projection keeps low.
         """
 
 

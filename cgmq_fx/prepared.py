@@ -202,10 +202,11 @@ class Prepared:
 
         Args:
             bits: The bit-widths of quantizers by name, one entry per gate; those that are left out
-                keep the most bits that they may have.
+                keep the bits that they have now.
 
         Raises:
-            OptionError: If the given bit-widths do not satisfy the budget, or others are frozen.
+            OptionError: If the given bit-widths do not satisfy the budget, or the bit-widths have
+                been frozen before.
         """
         if bits is None:
             self._controller.freeze()
@@ -383,11 +384,13 @@ def prepare(
     Raises:
         BudgetError: If the budget cannot be read.
         InfeasibleBudgetError: If no bit-widths satisfy it.
+        CostModelError: If a cost model breaks its contract on this model.
         CaptureError: If the model cannot be captured.
-        UnsupportedModelError: If nothing in it can be quantized.
-        DataError: If the input shapes cannot be known.
-        TargetError: If the target cannot be read.
-        OptionError: If the scheme asks for what the target cannot execute.
+        UnsupportedModelError: If nothing in it can be quantized, or the target cannot execute it.
+        DataError: If the input shapes cannot be known, or the inputs are not finite.
+        TargetError: If the target cannot be read, or has no figure for what the model does.
+        OptionError: If an option makes no sense, or the scheme does not fit the model or asks for
+            what the target cannot execute.
     """
     where = deployment(target)
     chosen = where.scheme(scheme)

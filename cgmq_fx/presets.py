@@ -51,8 +51,8 @@ class Preset:
         name: What `target=` calls it.
         description: One sentence.
         formats: The formats of `Result.export` that it guarantees.
-        scheme: What is trained where the user says nothing; each field that is not the default one
-            is needed.
+        scheme: What is trained where the user says nothing: each field takes the place of one that
+            the user's scheme leaves at its default.
         widths: The bit-widths that tensors may have; empty for any.
         weights: The granularities that gates of weights may have.
         ops: Names of the ATen ops that it executes exactly; empty for any.

@@ -54,7 +54,8 @@ class Result:
             The path.
 
         Raises:
-            ArtifactError: If the graph holds something that the format cannot express.
+            ArtifactError: If the graph holds something that the format cannot express, or the file
+                cannot be written.
         """
         from cgmq_fx.artifact import save
 

@@ -24,7 +24,8 @@ class Bound:
             when a finished graph has lost the quantizers of what stays float.
 
     Raises:
-        BudgetError: If the value is not a positive, finite number.
+        BudgetError: If the value is not a positive, finite number, the base is neither 32 nor 8, or
+            the reference is negative or not finite.
     """
 
     value: float

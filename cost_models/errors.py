@@ -14,7 +14,8 @@ class CgmqError(Exception):
 
     Attributes:
         result: If training had begun, what it had reached: a `cgmq_fx.Result` that satisfies the
-            budget, from the last weights that were finite. Else None.
+            budget, from the weights at the end or, where these are not finite or an earlier epoch
+            was better, from those. None if no step was taken, or nothing can be saved.
     """
 
     result: Any = None
@@ -37,7 +38,10 @@ class InfeasibleBudgetError(BudgetError):
 
 
 class CostModelError(CgmqError):
-    """A cost model breaks its contract: not finite, negative, or lower for more bits."""
+    """A cost model breaks its contract: not finite, negative, or lower for more bits.
+
+    Or it cannot be registered, or made from its name.
+    """
 
 
 class TargetError(CgmqError, ValueError):
@@ -49,7 +53,7 @@ class UnknownTargetError(TargetError):
 
 
 class OptionError(CgmqError, ValueError):
-    """An option of the public API has a value that makes no sense."""
+    """An option of the public API has a value that makes no sense or cannot be carried out here."""
 
 
 class CaptureError(CgmqError):
@@ -57,7 +61,7 @@ class CaptureError(CgmqError):
 
 
 class UnsupportedModelError(CgmqError):
-    """The graph was captured, but there is nothing in it that can be quantized."""
+    """Nothing in the model can be quantized, or something in it cannot be executed as asked."""
 
 
 class PassError(CgmqError):
@@ -65,11 +69,11 @@ class PassError(CgmqError):
 
 
 class DataError(CgmqError):
-    """The training or calibration data does not fit the model."""
+    """The data does not fit the model, or a loss or metric does not fit what the model gives."""
 
 
 class TrainingError(CgmqError):
-    """Training went wrong: the loss, a gradient or a range is not finite."""
+    """Training went wrong: something is not finite, memory is short, or another process ended."""
 
 
 class StoppedError(TrainingError, KeyboardInterrupt):

@@ -20,7 +20,7 @@ class CostModel(ABC):
     """Maps graph facts and bit-widths to a number with a unit.
 
     A subclass sets `name` and `unit` and writes `node_cost`. The cost must be finite, not negative,
-    and never lower for more bits; this is checked when a budget is built.
+    and never lower for more bits; this is tested on every model that is prepared or explained.
 
     A model whose total is not the sum over the nodes (a peak, say) sets `additive = False` and
     overrides `graph_cost` as well; `node_cost` is then what reports show per node.
@@ -102,7 +102,8 @@ def register_cost_model(model: type[Model]) -> type[Model]:
     """Make a cost model usable by its name in budget strings; usable as a class decorator.
 
     Raises:
-        CostModelError: If it has no name or unit, or if another model has that name already.
+        CostModelError: If it has no unit, no name that is an identifier, or the name of another
+            model.
     """
     name = getattr(model, "name", "")
     if not isinstance(name, str) or not name.isidentifier():

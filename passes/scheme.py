@@ -34,7 +34,8 @@ class Scheme:
     the tensor that it reads. A pattern that matches nothing is an error.
 
     Attributes:
-        bit_widths: The bit-widths that a gate may take, ascending; 32 is float.
+        bit_widths: The bit-widths that a gate may take, ascending; 0 prunes, 32 is float. Tensors
+            that only element-wise ops read take those of 2 to 8 bits, 8 if there is none.
         weights: Gates of weights: per tensor, per output channel or per element.
         activations: Gates of activations: per tensor or per channel.
         weight_ranges: Ranges of weights: per tensor or per output channel.

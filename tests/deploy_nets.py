@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from benchmarks.lenet5 import LeNet5
 from benchmarks.resnet20 import ResNet20
@@ -38,6 +39,28 @@ class Transformer(nn.Module):
         return cast(Tensor, self.head(self.layer(self.table(tokens)).mean(1)))
 
 
+class Parts(nn.Module):
+    """Parts of images cut out, joined, padded, enlarged, compared and multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(4, 2, 2, stride=2)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = functional.leaky_relu(self.stem(images), 0.1)
+        first, second = x.split(2, 1)
+        large = self.up(x)[:, :, 4:12, :8]
+        x = torch.cat([first * torch.sigmoid(second), large], 1)
+        x = functional.max_pool2d(functional.pad(x, (1, 0, 1, 0)), 3, 2)
+        x = functional.interpolate(x - torch.tanh(x), scale_factor=2.0)
+        rows = x.flatten(2)
+        alike = rows @ rows.transpose(1, 2)
+        joined = [alike.flatten(1), x.mean((2, 3)), x.amax((2, 3))]
+        return cast(Tensor, self.head(torch.cat(joined, 1)))
+
+
 def _mlp() -> nn.Module:
     return nn.Sequential(
         nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 5)
@@ -59,6 +82,7 @@ _MODELS = {
     "mlp": (_mlp, (16,)),
     "resnet20": (ResNet20, (3, 32, 32)),
     "separable": (_separable, (3, 16, 16)),
+    "parts": (Parts, (3, 16, 16)),
     "transformer": (Transformer, None),
 }
 _MIXED = (2, 4, 8)

@@ -69,8 +69,10 @@ def export(
         What was written, and how well it agrees.
 
     Raises:
-        ExportError: If there is no such format, a package is missing, the graph cannot be
-            expressed, or the runtime computes something else.
+        ExportError: If there is no such format, a package is missing, the format cannot express
+            the graph, the file cannot be written, or the runtime computes something else.
+        UnsupportedModelError: If the graph cannot be lowered to integers, whatever the format.
+        DataError: If `samples` do not fit the model.
         BoundError: If the file, counted on its own, costs more than the budget allows.
     """
     path = Path(path)

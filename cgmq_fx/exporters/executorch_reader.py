@@ -198,13 +198,20 @@ class _Plan:
             return
         op = _functional(namespace, short, overload)
         given = places[: len(op._schema.arguments)]
-        outputs = places[len(given) : len(given) + len(op._schema.returns)]
+        written = places[len(given) : len(given) + len(op._schema.returns)]
+        outputs = [own for place in written for own in self._parts(place)]
         arguments = [self._argument(place) for place in given]
         check_arguments(op, [_plain(a) for a in arguments], {})
-        for place, made in zip(outputs, self._result(op, arguments), strict=True):
-            self._values[place] = made
+        made = self._result(op, arguments, len(outputs))
+        self._values.update(zip(outputs, made, strict=True))
 
-    def _result(self, op: Any, arguments: list[Any]) -> list[Operand]:
+    def _parts(self, place: int) -> list[int]:
+        """The places of the tensors that a kernel writes to: several where it writes to a list."""
+        kind, entry = _at(self._entries, place).union(0)
+        listed = kind in _LISTS and entry is not None
+        return [int(own) for own in entry.numbers(0)] if listed else [place]
+
+    def _result(self, op: Any, arguments: list[Any], count: int) -> list[Operand]:
         if op is _ATEN.permute.default and isinstance(arguments[0], Constant):
             return [arguments[0].permuted(arguments[1])]
         leaves, spec = pytree.tree_flatten(arguments, is_leaf=_is_operand)
@@ -216,8 +223,7 @@ class _Plan:
             given = zip(op._schema.arguments, pytree.tree_unflatten(filled, spec), strict=True)
             return op(**{argument.name: value for argument, value in given})
 
-        count = len(op._schema.returns)
-        if count > 1:
+        if count > 1 or str(op._schema.returns[0].type) == "List[Tensor]":
             parts = [
                 self._builder.call(op, operands, lambda *t, i=i: rule(*t)[i]) for i in range(count)
             ]
