@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import compress
 from math import isfinite
+from typing import Any
 
 import numpy as np
 
@@ -62,7 +63,9 @@ def relevance(graph: GraphFacts, budget: Budget) -> dict[str, tuple[bool, ...]]:
     """For every quantizer, whether each constraint's cost depends on its bits.
 
     A quantizer is relevant when lowering it from its highest to its lowest bits changes the cost
-    with all others at their highest or at their lowest bits.
+    with all others at their highest or at their lowest bits. That would miss two tensors that set a
+    peak together but neither of them alone: for a cost that is no sum over nodes, everything that
+    it reads is relevant.
     """
     ends = (lowest_bits(graph), highest_bits(graph))
     relevant = {name: np.zeros(len(budget), dtype=bool) for name in graph.quantizers}
@@ -71,7 +74,35 @@ def relevance(graph: GraphFacts, budget: Budget) -> dict[str, tuple[bool, ...]]:
         for name in graph.quantizers:
             low, high = (np.array(ledger.trial(name, end[name])) for end in ends)
             relevant[name] |= high != low
+    for index, constraint in enumerate(budget):
+        if not constraint.model.additive:
+            bits = _Watched(graph_bits(graph, ends[1]))
+            constraint.model.graph_cost(graph, bits)
+            for name, flags in relevant.items():
+                flags[index] |= bits.reads(graph, name)
     return {name: tuple(bool(r) for r in flags) for name, flags in relevant.items()}
+
+
+class _Watched(GraphBits):
+    """The bits of a graph, and which of them a cost model has read."""
+
+    __slots__ = ("_read",)
+    _read: set[str]
+
+    def __init__(self, bits: GraphBits) -> None:
+        object.__setattr__(self, "_read", set())
+        super().__init__(bits.nodes, bits.tensors)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("nodes", "tensors"):
+            self._read.add(name)
+        return super().__getattribute__(name)
+
+    def reads(self, graph: GraphFacts, quantizer: str) -> bool:
+        """Whether anything has been read that the bits of a quantizer change."""
+        return ("tensors" in self._read and bool(graph.holders[quantizer])) or (
+            "nodes" in self._read and bool(graph.readers[quantizer])
+        )
 
 
 def _check_quantizer(ledger: Ledger, name: str) -> None:

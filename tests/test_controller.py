@@ -12,12 +12,16 @@ from cgmq_fx import Budget, Scheme
 from cgmq_fx.calibrate import RangeTable
 from cgmq_fx.controller import SLOWEST, Controller
 from cgmq_fx.cost_models import (
+    ActivationMemory,
+    Arena,
     BOPs,
+    CostModel,
     GraphFacts,
     NodeFacts,
     QuantizerFacts,
     Role,
     Stored,
+    TensorFacts,
     WeightMemory,
 )
 from cgmq_fx.directions import DIRECTIONS, direction_of, speeds
@@ -42,14 +46,21 @@ def toy(
         n: QuantizerFacts(n, Role.WEIGHT, 1, WIDTHS, e)
         for n, e in zip(names, elements, strict=True)
     }
+    budget = Budget((WeightMemory() <= share * 4 * sum(elements),))
+    return toy_controller(GraphFacts(nodes, own), budget, direction, steps)
+
+
+def toy_controller(
+    graph: GraphFacts, budget: Budget, direction: str = "marginal", steps: int = 20
+) -> Controller:
+    """A controller of quantizers that belong to no network."""
     logs = torch.arange(5.0)  # the range at level k is e^k
     noise = torch.tensor([*(4.0 / (2**b - 1) ** 2 for b in WIDTHS[:-1]), 0.0])
-    budget = Budget((WeightMemory() <= share * 4 * sum(elements),))
     return Controller(
-        {n: Quantizer(QuantizerSpec(Role.WEIGHT, True, WIDTHS)) for n in names},
-        GraphFacts(nodes, own),
+        {n: Quantizer(QuantizerSpec(q.role, True, WIDTHS)) for n, q in graph.quantizers.items()},
+        graph,
         budget,
-        {n: RangeTable(logs, noise, 1.0) for n in names},
+        {n: RangeTable(logs, noise, 1.0) for n in graph.quantizers},
         direction_of(direction),
         steps,
     )
@@ -123,6 +134,17 @@ def test_wild_statistics_do_not_keep_the_bound_from_being_reached(
     assert 0 < count <= controller.reach == 10
     assert bool(controller.gates.isfinite().all())
     assert bool(controller.sensitivity.isfinite().all())
+
+
+@pytest.mark.parametrize("model", [ActivationMemory, Arena])
+def test_a_peak_that_tensors_set_together_is_brought_down_in_time(model: type[CostModel]) -> None:
+    """800 values at 2 bits take 200 bytes; either of the others next to 46 at 2 bits, only 196."""
+    rows = {"large": (800, 0, 0), "first": (46, 1, 1), "second": (46, 1, 1)}
+    tensors = tuple(TensorFacts(n, *row, n) for n, row in rows.items())
+    own = {n: QuantizerFacts(n, Role.ACTIVATION, 1, WIDTHS, row[0]) for n, row in rows.items()}
+    controller = toy_controller(GraphFacts((), own, tensors=tensors), Budget((model() <= 250.0,)))
+    count = steps_until_satisfied(controller, lambda: feed(controller, 1.0, 1.0, 1.0))
+    assert 0 < count <= controller.reach == 10
 
 
 @pytest.mark.parametrize("direction", ["marginal", "gradient", "gradient*magnitude"])

@@ -10,6 +10,8 @@ import pytest
 from cgmq_fx.cost_models import (
     Budget,
     CostModel,
+    GraphBits,
+    GraphFacts,
     NodeBits,
     NodeFacts,
     check_cost_models,
@@ -217,3 +219,22 @@ def test_what_shows_at_one_end_only_is_relevant(function: Callable[[int, int], f
             return bits.mean(function)
 
     assert relevance(ONE_LAYER, Budget((Wider() <= 1.0,))) == {"w": (True,), "x": (True,)}
+
+
+def test_all_that_a_peak_reads_is_relevant() -> None:
+    """Neither layer sets the peak alone, whichever end the others are at."""
+
+    class Widest(Wires):
+        additive = False
+
+        def graph_cost(self, graph: GraphFacts, bits: GraphBits) -> float:
+            return max(n.macs * b.weight for n, b in zip(graph.nodes, bits.nodes, strict=True))
+
+    large = linear("large", "w_large", "x", shape=(100, 4))
+    facts = graph(large, *(linear(n, f"w_{n}", "x") for n in ("first", "second")))
+    budget = Budget((Widest() <= 1e9,))
+    found = relevance(facts, budget)
+    assert found == dict.fromkeys(facts.quantizers, (True,))
+    assert relevance(facts, parse_budget("activations <= 1 MB")) == {
+        name: (False,) for name in facts.quantizers
+    }
