@@ -9,10 +9,12 @@ after at most `reach` steps, whatever the model, the loss scale or the batch siz
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from math import ceil
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -191,20 +193,44 @@ class Controller:
         if self.taken >= self.steps:
             self.freeze()
 
-    def fix(self, bits: Assignment) -> None:
+    def fix(self, bits: Mapping[str, npt.ArrayLike]) -> None:
         """End the search with bit-widths of one's own.
 
         Raises:
-            OptionError: If they do not satisfy the budget, or the search has ended already.
+            OptionError: If they do not satisfy the budget, if they are not bit-widths that the
+                quantizers of these names may have, or if the search has ended already. Gates stay
+                as they were then.
         """
         if self.frozen:
             raise OptionError("the bit-widths are frozen already")
-        self.start(bits)
-        if not self.satisfied:
-            broken = ", ".join(str(state) for state in self.states if not state.satisfied)
+        given = self._checked(bits)
+        ledger = Ledger(self.ledger.graph, self.ledger.budget, {**self.assignment, **given})
+        if not ledger.satisfied:
+            broken = ", ".join(str(state) for state in ledger.states() if not state.satisfied)
             raise OptionError(f"these bit-widths do not satisfy the budget: {broken}")
+        self.start(given)
         self._settle(torch.from_numpy(self._without_pruned(self.levels)))
         self._end()
+
+    def _checked(self, bits: Mapping[str, npt.ArrayLike]) -> dict[str, BitArray]:
+        known = self.ledger.graph.quantizers
+        found = {}
+        for name, own in bits.items():
+            if name not in known:
+                close = get_close_matches(name, known, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise OptionError(f"there is no quantizer named {name!r}{hint}")
+            facts, given = known[name], np.asarray(own)
+            if given.size not in (1, facts.gates):
+                raise OptionError(
+                    f"{name} has {facts.gates} gates; bit-widths for {given.size} were given"
+                )
+            if not np.isin(given, facts.bit_widths).all():
+                raise OptionError(
+                    f"the bit-widths of {name} are {facts.bit_widths}, not {given.tolist()}"
+                )
+            found[name] = np.full(facts.gates, given.reshape(-1), dtype=np.int64)
+        return found
 
     def freeze(self) -> None:
         """End the search with the best assignment that satisfies the budget and leaves no slack."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.export import ExportedProgram
@@ -197,16 +198,16 @@ class Prepared:
             refuse_sharded(self.model.parameters())
         self._controller.step()
 
-    def freeze(self, bits: Assignment | None = None) -> None:
+    def freeze(self, bits: Mapping[str, npt.ArrayLike] | None = None) -> None:
         """End the search now: freeze the best bit-widths that satisfy the budget, or given ones.
 
         Args:
-            bits: The bit-widths of quantizers by name, one entry per gate; those that are left out
-                keep the bits that they have now.
+            bits: The bit-widths of quantizers by name, one entry per gate or one for all of them;
+                those that are left out keep the bits that they have now.
 
         Raises:
-            OptionError: If the given bit-widths do not satisfy the budget, or the bit-widths have
-                been frozen before.
+            OptionError: If the given bit-widths do not satisfy the budget or are none that the
+                quantizers may have, or the bit-widths have been frozen before.
         """
         if bits is None:
             self._controller.freeze()

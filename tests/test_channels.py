@@ -176,7 +176,9 @@ def test_float_activations_do_not_bring_channels_back() -> None:
     net = cgmq_fx.prepare(Flattened(), "bops <= 60%", torch.rand(IMAGES), scheme=scheme)
     bits = pruned(net, 0)
     weights = {n for n, q in net.facts.quantizers.items() if q.role is Role.WEIGHT}
-    net.freeze({n: b if n in weights else b * 0 + 32 for n, b in bits.items()})
+    most = {n: max(q.bit_widths) for n, q in net.facts.quantizers.items()}
+    assert 32 in most.values()
+    net.freeze({n: b if n in weights else b * 0 + most[n] for n, b in bits.items()})
     net.model.eval()
     x = torch.rand(IMAGES)
     before, counted = net.model(x), net.cost[0].value

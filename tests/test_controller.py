@@ -1,14 +1,16 @@
 """The controller's parts: saliencies, speeds, ranges that follow bits, the end of the search."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import cgmq_fx
-from cgmq_fx import Budget, Scheme
+from cgmq_fx import Budget, OptionError, Scheme
 from cgmq_fx.calibrate import RangeTable
 from cgmq_fx.controller import SLOWEST, Controller
 from cgmq_fx.cost_models import (
@@ -134,6 +136,27 @@ def test_wild_statistics_do_not_keep_the_bound_from_being_reached(
     assert 0 < count <= controller.reach == 10
     assert bool(controller.gates.isfinite().all())
     assert bool(controller.sensitivity.isfinite().all())
+
+
+WRONG_BITS: list[tuple[dict[str, object], str]] = [
+    ({"w0": 3}, r"the bit-widths of w0 are \(2, 4, 8, 16, 32\), not 3"),
+    ({"w": 2}, "there is no quantizer named 'w'; did you mean 'w[01]'"),
+    ({"w1": [2, 4]}, "w1 has 1 gates; bit-widths for 2 were given"),
+    ({"w0": 32}, r"do not satisfy the budget: weights 50 > \(VIOLATED\) 48 byte"),
+]
+
+
+@pytest.mark.parametrize(("bits", "message"), WRONG_BITS)
+def test_bits_of_ones_own_are_checked_before_any_gate_moves(
+    bits: dict[str, Any], message: str
+) -> None:
+    controller = toy((10, 40), 0.24)
+    before = controller.gates.clone()
+    with pytest.raises(OptionError, match=message):
+        controller.fix({"w1": 2, **bits})
+    assert torch.equal(controller.gates, before)
+    controller.fix({"w0": 16, "w1": np.array([4])})
+    assert controller.levels.tolist() == [3, 1]
 
 
 @pytest.mark.parametrize("model", [ActivationMemory, Arena])
