@@ -11,6 +11,7 @@ import json
 import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
+from math import isclose
 from pathlib import Path
 from typing import Any, get_args
 from uuid import uuid4
@@ -21,8 +22,15 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from cgmq_fx.cost_models import Bound, Budget, Constraint, cost_model
-from cgmq_fx.cost_models.errors import ArtifactError, CgmqError
+from cgmq_fx.cost_models import Bound, Budget, Constraint, CostModel, cost_model
+from cgmq_fx.cost_models.errors import (
+    ArtifactError,
+    BudgetError,
+    CgmqError,
+    CostModelError,
+    TargetError,
+    UnknownCostError,
+)
 from cgmq_fx.cost_models.tables import TableModel
 from cgmq_fx.cost_models.target import parse_target, target_to_json
 from cgmq_fx.graph_json import graph_from_json, graph_to_json
@@ -34,7 +42,7 @@ from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.passes.state import shape_of
 from cgmq_fx.result import Result
 from cgmq_fx.untrusted import identifier, shown_text, tensor_path
-from cgmq_fx.verify import verify
+from cgmq_fx.verify import CostReport, verify
 
 FORMAT = 2
 """The newest format: 1 holds weights as they were trained, 2 as packed codes."""
@@ -42,6 +50,7 @@ FORMAT = 2
 _KEY = "cgmq_fx"
 _DEFLATED = "deflated:"
 _MOST_TEXT = 1 << 28
+_SAME = 1e-9
 
 
 def save(result: Result, path: Path, packed: bool = False) -> Path:
@@ -85,13 +94,29 @@ def save(result: Result, path: Path, packed: bool = False) -> Path:
     return path
 
 
-def load(path: str | Path, *, libraries: Collection[str] = ()) -> Result:
+def check_kept(model: GraphModule) -> None:
+    """Check before training that what becomes of a model can be written to a file.
+
+    Raises:
+        ArtifactError: If its graph cannot.
+    """
+    graph_to_json(model)
+
+
+def load(
+    path: str | Path,
+    *,
+    libraries: Collection[str] = (),
+    cost_models: Collection[CostModel] = (),
+) -> Result:
     """Read a result that `Result.save` wrote, and count its cost again.
 
     Args:
         path: The file. It need not be trusted: nothing in it is executed.
         libraries: Namespaces of ops of other libraries that the model may call, such as
             "torchvision", if you trust these; import them first.
+        cost_models: Cost models of its budget that cannot be made from their names alone, because
+            they have arguments: the file has nothing but the name.
 
     Returns:
         The result, on the CPU.
@@ -100,10 +125,9 @@ def load(path: str | Path, *, libraries: Collection[str] = ()) -> Result:
         ArtifactError: If the file cannot be read, is not an artifact of this library, is damaged,
             or is of a newer format.
         BoundError: If the model in it does not satisfy the budget that the file states.
-        BudgetError: If its budget cannot be read (`UnknownCostError`: it names a cost model that is
-            not registered here).
-        CostModelError: If a cost model of its budget cannot be made from its name alone.
-        TargetError: If the table of a chip in it cannot be read.
+        UnknownCostError: If its budget names a cost model that is not registered here.
+        CostModelError: If a cost model of its budget cannot be made from its name alone, or counts
+            something else than when the file was written.
     """
     header, tensors = _read(Path(path))
     version = header.get("format")
@@ -118,12 +142,17 @@ def load(path: str | Path, *, libraries: Collection[str] = ()) -> Result:
         keep_containers(model)
         unpack_weights(model, tensors, entries)
         inputs = _inputs_from_json(header["inputs"])
-        budget = _budget_from_json(header["budget"])
+        budget = _budget_from_json(header["budget"], {m.name: m for m in cost_models})
         history = _history(header["history"])
         metrics = _metrics(header["metrics"])
         model.eval()
         report = verify(model, inputs, budget, trusted=False)
         _check_shapes(model)
+        _check_costs(report, header["budget"])
+    except UnknownCostError:
+        raise
+    except (BudgetError, TargetError) as error:
+        raise ArtifactError(f"the budget in {path} cannot be read: {error}") from error
     except CgmqError:
         raise
     except Exception as error:
@@ -198,18 +227,30 @@ def _check_shapes(model: GraphModule) -> None:
                 raise ArtifactError(f"{node} has gates or ranges of shape {own} on {shape}")
 
 
+def _check_costs(report: CostReport, rows: list[dict[str, Any]]) -> None:
+    """The cost models count what they counted when the file was written, if that stands in it."""
+    for state, row in zip(report.states, rows, strict=True):
+        before = float(row.get("counted", state.value))
+        if not isclose(state.value, before, rel_tol=_SAME):
+            raise CostModelError(
+                f"{state.constraint.model.name!r} counts {state.value:g} on the model in the file, "
+                f"and counted {before:g} when it was written; if the model has arguments, give it "
+                "as cost_models="
+            )
+
+
 def _budget_to_json(result: Result) -> list[dict[str, Any]]:
     rows = []
-    for c in result.budget:
+    for c, state in zip(result.budget, result.cost.states, strict=True):
         target = target_to_json(c.model.target) if isinstance(c.model, TableModel) else None
         bound = {"value": c.bound.value, "relative": c.bound.relative, "base": c.bound.base}
-        refers = {"reference": c.bound.reference}
+        refers = {"reference": c.bound.reference, "counted": state.value}
         scope = None if c.scope is None else shown_text(c.scope)
         rows.append({"cost": c.model.name, "scope": scope, "target": target, **bound, **refers})
     return rows
 
 
-def _budget_from_json(rows: list[dict[str, Any]]) -> Budget:
+def _budget_from_json(rows: list[dict[str, Any]], given: Mapping[str, CostModel]) -> Budget:
     constraints = []
     for row in rows:
         chip = row["target"]
@@ -218,7 +259,9 @@ def _budget_from_json(rows: list[dict[str, Any]]) -> Budget:
         relative, base = row["relative"] is True, int(row["base"])
         bound = Bound(float(row["value"]), relative, base, reference)
         scope = None if row["scope"] is None else shown_text(row["scope"])
-        constraints.append(Constraint(cost_model(str(row["cost"]), target), bound, scope))
+        name = str(row["cost"])
+        model = given[name] if name in given else cost_model(name, target)
+        constraints.append(Constraint(model, bound, scope))
     return Budget(tuple(constraints))
 
 

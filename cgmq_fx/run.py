@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -143,8 +144,14 @@ class Run:
 
     def train(self, data: Iterable[Any], val_data: Iterable[Any] | None, epochs: int) -> Result:
         """Search and tune, then finalize and measure."""
-        for listener in self.listeners:
-            listener.on_start(self.prepared, self.steps)
+        with ExitStack() as ending:
+            for listener in self.listeners:
+                listener.on_start(self.prepared, self.steps)
+                ending.callback(listener.on_end)
+            return self._trained(data, val_data, epochs)
+
+    def _trained(self, data: Iterable[Any], val_data: Iterable[Any] | None, epochs: int) -> Result:
+        """Whatever goes wrong, what was reached goes along with the error."""
         try:
             with self.interrupt.listening():
                 while self.position.epoch <= epochs:
@@ -165,9 +172,6 @@ class Run:
             stopped = StoppedError(self._where("stopped"))
             stopped.result = self._rescued()
             raise stopped from error
-        finally:
-            for listener in self.listeners:
-                listener.on_end()
 
     def _finished(self, data: Iterable[Any], val_data: Iterable[Any] | None) -> Result:
         """The last state as a result, or a better one, measured.

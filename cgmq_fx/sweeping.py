@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from cgmq_fx.artifact import load
+from cgmq_fx.artifact import check_kept, load
 from cgmq_fx.cost_models import (
     Budget,
     BudgetLike,
@@ -44,6 +44,7 @@ from cgmq_fx.result import Result
 from cgmq_fx.sweep_result import Sweep, SweepPoint
 from cgmq_fx.terminal import note
 from cgmq_fx.training import Loss, Metric, OptimizerFactory, default_optimizer
+from cgmq_fx.untrusted import libraries_of
 
 _MANIFEST = "sweep.json"
 
@@ -65,7 +66,7 @@ class _Task:
     metric: Metric | None
     seed: int
 
-    def run(self, budget: str, start: Result | None, folder: Path, progress: bool) -> Result:
+    def run(self, budget: Budget, start: Result | None, folder: Path, progress: bool) -> Result:
         """Quantize for one budget; if that is stopped, `folder` is where it continues."""
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         model, data = options.pop("model"), options.pop("train_data")
@@ -83,7 +84,8 @@ class _Task:
                 digest.update(data.numpy().tobytes())
         functions = map(name_of, (self.loss, self.metric, self.optimizer))
         where, direction = deployment(self.target), direction_of(self.direction)
-        options = [self.epochs, self.scheme, self.seed, where, direction.name, *functions]
+        place = [where.preset.name, where.scheme(self.scheme), where.chip]
+        options = [self.epochs, self.seed, *place, direction.name, *functions]
         digest.update(repr(options).encode())
         return digest.hexdigest()
 
@@ -151,20 +153,24 @@ def sweep(
         metric,
         seed,
     )
-    ordered = _ordered(task, budgets)
+    ordered, libraries = _ordered(task, budgets)
     with tempfile.TemporaryDirectory() as temporary:
         kept = Path(temporary if folder is None else folder)
         _claim(kept, task.fingerprint())
         workers = min(_jobs(jobs, model), len(ordered))
         if workers == 1:
-            _run_stretch(task, ordered, kept, progress)
+            _run_stretch(task, ordered, kept, libraries, progress)
         else:
-            _run_parallel(task, ordered, kept, workers)
-        return Sweep(tuple(SweepPoint(b, load(_file(kept, b)), _kept(folder, b)) for b in ordered))
+            _run_parallel(task, ordered, kept, libraries, workers)
+        points = (SweepPoint(str(b), _point(kept, b, libraries), _kept(folder, b)) for b in ordered)
+        return Sweep(tuple(points))
 
 
-def _ordered(task: _Task, budgets: Iterable[BudgetLike]) -> list[str]:
-    """The budgets as text, the loosest first; each is known to be feasible."""
+def _ordered(task: _Task, budgets: Iterable[BudgetLike]) -> tuple[list[Budget], tuple[str, ...]]:
+    """The budgets, the loosest first, and the other libraries whose ops the model calls.
+
+    Each budget is known to be feasible, and the model to fit into a file.
+    """
     place = deployment(task.target)
     parsed = [parse_budget(budget, place.chip) for budget in budgets]
     if not parsed:
@@ -172,7 +178,8 @@ def _ordered(task: _Task, budgets: Iterable[BudgetLike]) -> list[str]:
     inputs = example_inputs_of(
         task.model, task.example_inputs, task.train_data, task.loss is not None
     )
-    _, facts = quantized_graph(float_graph(task.model, inputs), place.scheme(task.scheme))
+    graph, facts = quantized_graph(float_graph(task.model, inputs), place.scheme(task.scheme))
+    check_kept(graph)
 
     def looseness(budget: Budget) -> float:
         """The smallest bound as a share of what the model costs at most."""
@@ -182,8 +189,9 @@ def _ordered(task: _Task, budgets: Iterable[BudgetLike]) -> list[str]:
         pairs = zip(ledger.limits, ledger.totals, strict=True)
         return min(limit / total if total else 1.0 for limit, total in pairs)
 
-    unique = {str(budget): looseness(budget) for budget in parsed}
-    return sorted(unique, key=lambda text: -unique[text])
+    unique = {str(budget): (looseness(budget), budget) for budget in parsed}
+    ordered = sorted(unique.values(), key=lambda pair: -pair[0])
+    return [budget for _, budget in ordered], libraries_of(graph.graph)
 
 
 def _claim(folder: Path, fingerprint: str) -> None:
@@ -202,13 +210,19 @@ def _claim(folder: Path, fingerprint: str) -> None:
         )
 
 
-def _run_stretch(task: _Task, budgets: Sequence[str], folder: Path, progress: bool) -> None:
+def _run_stretch(
+    task: _Task,
+    budgets: Sequence[Budget],
+    folder: Path,
+    libraries: Collection[str],
+    progress: bool,
+) -> None:
     """Train the points that are not there yet, each from the one before it."""
     before: Result | None = None
     for number, budget in enumerate(budgets, 1):
         file = _file(folder, budget)
         if file.exists():
-            before = load(file)
+            before = _point(folder, budget, libraries)
             continue
         if progress:
             note(f"point {number} of {len(budgets)}: {budget}")
@@ -218,7 +232,13 @@ def _run_stretch(task: _Task, budgets: Sequence[str], folder: Path, progress: bo
         shutil.rmtree(running, ignore_errors=True)
 
 
-def _run_parallel(task: _Task, budgets: Sequence[str], folder: Path, workers: int) -> None:
+def _run_parallel(
+    task: _Task,
+    budgets: Sequence[Budget],
+    folder: Path,
+    libraries: Collection[str],
+    workers: int,
+) -> None:
     try:
         from loky import ProcessPoolExecutor
     except ImportError as error:
@@ -228,7 +248,7 @@ def _run_parallel(task: _Task, budgets: Sequence[str], folder: Path, workers: in
     cores = max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(workers) as pool:
         futures = [
-            pool.submit(_work, task, stretch, folder, index, cores)
+            pool.submit(_work, task, stretch, folder, libraries, index, cores)
             for index, stretch in enumerate(_stretches(budgets, workers))
         ]
         try:
@@ -241,16 +261,23 @@ def _run_parallel(task: _Task, budgets: Sequence[str], folder: Path, workers: in
             ) from error
 
 
-def _work(task: _Task, budgets: Sequence[str], folder: Path, index: int, cores: int) -> None:
+def _work(
+    task: _Task,
+    budgets: Sequence[Budget],
+    folder: Path,
+    libraries: Collection[str],
+    index: int,
+    cores: int,
+) -> None:
     """What one process does."""
     torch.set_num_threads(cores)
     devices = _devices(task.model)
     if devices and isinstance(task.model, nn.Module):
         task.model.to(devices[index % len(devices)])
-    _run_stretch(task, budgets, folder, progress=False)
+    _run_stretch(task, budgets, folder, libraries, progress=False)
 
 
-def _stretches(budgets: Sequence[str], count: int) -> Iterator[Sequence[str]]:
+def _stretches(budgets: Sequence[Budget], count: int) -> Iterator[Sequence[Budget]]:
     """`count` neighbouring stretches that differ in length by one at most."""
     ends = [len(budgets) * i // count for i in range(count + 1)]
     yield from (budgets[a:b] for a, b in pairwise(ends))
@@ -279,9 +306,14 @@ def _state(model: nn.Module | ExportedProgram) -> Mapping[str, Any]:
     return found
 
 
-def _file(folder: Path, budget: str) -> Path:
-    return folder / f"{hashlib.sha256(budget.encode()).hexdigest()[:16]}.safetensors"
+def _file(folder: Path, budget: Budget) -> Path:
+    return folder / f"{hashlib.sha256(str(budget).encode()).hexdigest()[:16]}.safetensors"
 
 
-def _kept(folder: str | Path | None, budget: str) -> Path | None:
+def _point(folder: Path, budget: Budget, libraries: Collection[str]) -> Result:
+    models = [constraint.model for constraint in budget]
+    return load(_file(folder, budget), libraries=libraries, cost_models=models)
+
+
+def _kept(folder: str | Path | None, budget: Budget) -> Path | None:
     return None if folder is None else _file(Path(folder), budget)

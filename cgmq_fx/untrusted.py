@@ -13,6 +13,7 @@ from typing import Any
 from unicodedata import normalize
 
 import torch
+from torch.fx import Graph
 
 from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.passes.oplists import FREE
@@ -122,6 +123,12 @@ def check_overload(overload: torch._ops.OpOverload, libraries: Collection[str] =
         or not torch._C._dispatch_has_kernel(overload.name())
     ):
         raise ArtifactError(f"{overload} is not allowed in an artifact")
+
+
+def libraries_of(graph: Graph) -> tuple[str, ...]:
+    """The namespaces of the other libraries whose ops a graph calls."""
+    called = [n.target for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    return tuple(sorted({op.namespace for op in called} - NAMESPACES))
 
 
 def check_arguments(overload: torch._ops.OpOverload, args: Any, kwargs: Any) -> None:

@@ -91,8 +91,9 @@ def _hoist(graph: Any, pair: Node, joins: bool) -> list[Node]:
         or len(source.users) > 1
         or not _is_single(codes)
         or not _commutes(source, is_unsigned(codes), joins)
+        or (source.target not in {_RELU, *JOINS} and all(map(is_pair, _rounded_inputs(source))))
     ):
-        return []
+        return []  # what is on a grid already passes the op first, and changes its grid behind it
     made = []
     for node in _rounded_inputs(source):
         made.append(_pair_behind(graph, node, pair))
@@ -146,10 +147,17 @@ class SurroundOps(Pass):
         """Walk in execution order: what was surrounded is the input of the next."""
         for node in list(module.graph.nodes):
             like = _grid_of(node)
-            if like is not None and not all(map(is_quantize, node.users)):
+            if like is not None and not all(_rounds_like(user, like) for user in node.users):
                 pair = _pair_behind(module.graph, node, like)
                 node.replace_all_uses_with(pair, lambda u, own=pair.args[0]: u is not own)
         return PassResult(module, modified=True)
+
+
+def _rounds_like(node: Node, pair: Node) -> bool:
+    """Whether a node is a quantize to the grid of a pair."""
+    codes = pair.args[0]
+    assert isinstance(codes, Node)
+    return is_quantize(node) and node.args[1:] == codes.args[1:]
 
 
 def _grid_of(node: Node) -> Node | None:
@@ -253,18 +261,18 @@ def _activation(module: GraphModule, pair: Node) -> Node:
         if low[0] == 0 and (compute_op(source) is not None or source.target in _FUSING):
             source, below = module.graph.call_function(_RELU, (source,)), True
         values = _per_tensor(module, source, scale, zero)
-        if not (below and above) and not _is_on_grid(source):
+        if not (below and above) and not _is_on_grid(source, scale, zero):
             limits = (low[0] * scale, high[0] * scale)
             clamped = module.graph.call_function(_CLAMP, (values, *limits))
             values = _per_tensor(module, clamped, scale, zero)
     return values
 
 
-def _is_on_grid(source: Node) -> bool:
-    """Whether a value only passed ops that keep a grid since it was rounded."""
+def _is_on_grid(source: Node, scale: float, zero: int) -> bool:
+    """Whether a value only passed ops that keep a grid since it was rounded to this one."""
     while source.op == "call_function":
         if source.target is _QDQ.dequantize_per_tensor.default:
-            return True
+            return source.args[1:3] == (scale, zero)
         if not preserves_grid(source) and source.target not in JOINS:
             return False
         source = source.all_input_nodes[0]

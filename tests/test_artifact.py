@@ -16,8 +16,8 @@ from cgmq_fx import (
     ArtifactError,
     BOPs,
     BoundError,
-    BudgetError,
     CgmqError,
+    CostModelError,
     Result,
     Scheme,
     UnknownCostError,
@@ -325,9 +325,10 @@ def test_gates_that_do_not_fit_their_tensor_are_refused(content: Content, tmp_pa
     [
         ({"value": 1e-3}, BoundError, "bops .*VIOLATED"),
         ({"cost": "watts"}, UnknownCostError, "no cost model named 'watts'"),
-        ({"value": 0.0}, BudgetError, "positive, finite number"),
-        ({"value": -1.0}, BudgetError, "positive, finite number"),
-        ({"value": float("nan")}, BudgetError, "positive, finite number"),
+        ({"value": 0.0}, ArtifactError, "positive, finite number"),
+        ({"value": -1.0}, ArtifactError, "positive, finite number"),
+        ({"value": float("nan")}, ArtifactError, "positive, finite number"),
+        ({"counted": 3.0}, CostModelError, "and counted 3 when it was written"),
     ],
 )
 def test_budgets_are_checked_again(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cgmq_fx.cli import main
 from cgmq_fx.cli.common import _with_options
 from tests.nets import small_classifier
+from tests.test_opaque import Block, Numbers
 
 HERE = "tests.test_cli_errors"
 NET = f"{HERE}:net"
@@ -37,6 +38,11 @@ class Refusing(nn.Module):
 def net() -> nn.Module:
     torch.manual_seed(0)
     return small_classifier()
+
+
+def opaque() -> nn.Module:
+    """A model with a module that no file can hold."""
+    return Block(Numbers())
 
 
 def failing() -> None:
@@ -82,6 +88,7 @@ QUANTIZE: list[tuple[tuple[str, ...], int, str]] = [
     ),
     (("torch.nn:ReLU", *BUDGET, *DATA), 2, "there is nothing to quantize"),
     ((NET, *BUDGET), 2, "are not known; pass --input or --data"),
+    ((f"{HERE}:opaque", "--budget", "bops <= 60%", "--input=4x8"), 2, "inner.0"),
     ((NET, *BUDGET, "--data", f"{HERE}:WRONG_SHAPE"), 2, "fails on the example inputs ((4, 5)"),
     ((NET, *BUDGET, "--data", f"{HERE}:NUMBERS"), 2, "fails on the example inputs ()"),
     ((NET, *BUDGET, "--data", f"{HERE}:failing"), 2, "cannot get data from"),

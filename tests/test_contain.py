@@ -26,6 +26,7 @@ CASES = [
     ("lenet5", "integer", True),
     ("mlp", "integer element", False),
     ("mlp", "fpga", True),
+    ("parts", "integer channel", False),
     ("resnet20", "integer", False),
     ("separable", "tensor", True),
     ("transformer", "integer", False),

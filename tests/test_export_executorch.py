@@ -18,6 +18,7 @@ CASES = [
     ("lenet5", "fpga", 1),
     ("mlp", "integer", 1),
     ("separable", "integer", 1),
+    ("parts", "integer channel", None),
     ("transformer", "integer", None),  # the attention is float, the linear layers are not
     ("resnet20", "integer", None),  # XNNPACK has no strided slices, so its shortcuts split it
 ]

@@ -27,8 +27,9 @@ CASES = [
 ]
 
 
-def test_a_transformer_keeps_in_float_what_has_no_integers(tmp_path: Path) -> None:
-    result = deployed("transformer", "integer")
+@pytest.mark.parametrize("name", ["transformer", "parts"])
+def test_what_has_no_integers_stays_in_float(name: str, tmp_path: Path) -> None:
+    result = deployed(name, "integer channel")
     exported = result.export(tmp_path / "net.tflite")
     assert_counted(exported, result)
     assert exported.agreement is not None

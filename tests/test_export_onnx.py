@@ -29,6 +29,7 @@ CASES = {
     ("mlp", "tensor"): {"QGemm": 3},
     ("resnet20", "channel"): {"QLinearConv": 19, "QLinearAdd": 9, "QGemm": 1, "Add": 0},
     ("separable", "tensor"): {"QLinearConv": 3, "QGemm": 1},
+    ("parts", "channel"): {},
     ("transformer", "tensor"): {},
     ("mlp", "both"): {},
     ("mlp", "w16"): {},

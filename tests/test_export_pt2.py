@@ -19,6 +19,7 @@ CASES = [
     ("lenet5", "tensor"),
     ("mlp", "both"),
     ("resnet20", "channel"),
+    ("parts", "channel"),
     ("separable", "tensor"),
     ("transformer", "tensor"),
 ]

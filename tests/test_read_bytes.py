@@ -1,8 +1,9 @@
 """What `.pte` and `.tflite` files cost, without the runtimes that execute them.
 
-The files in `data` are `mlp`, `separable` (per channel) and `transformer` of `deploy_nets` under
-the schemes of the presets, as their exporters wrote them; to renew them, export them again where
-the packages are installed. What they cost is what the graphs cost that they were written from.
+The files in `data` are `mlp`, `separable`, `parts` (both per channel) and `transformer` of
+`deploy_nets` under the schemes of the presets, as their exporters wrote them; to renew them, export
+them again where the packages are installed. What they cost is what the graphs cost that they were
+written from.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ EVERYTHING = (
 COSTS: dict[str, tuple[float, ...]] = {
     "mlp": (28160, 28160, 1400, 1004, 40, 40),
     "separable": (540672, 540672, 26688, 425, 1280, 1280),
+    "parts": (200192, 200192, 10104, 234, 1024, 1024),
     "transformer": (270336, 270336, 13488, 2492, 1440, 1440),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["mlp", "separable"])
+@pytest.mark.parametrize("name", ["mlp", "separable", "parts"])
 def test_a_file_costs_what_the_graph_costs(name: str, kind: str) -> None:
     found = verify_file(DATA / f"{name}.{kind}", EVERYTHING)
     assert tuple(state.value for state in found.states) == COSTS[name]

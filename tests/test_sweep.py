@@ -15,8 +15,23 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import cgmq_fx
-from cgmq_fx import InfeasibleBudgetError, OptionError, Result, Sweep, SweepPoint, sweeping
+from cgmq_fx import (
+    ArtifactError,
+    CostModel,
+    CostModelError,
+    InfeasibleBudgetError,
+    NodeBits,
+    NodeFacts,
+    OptionError,
+    Result,
+    Sweep,
+    SweepPoint,
+    sweeping,
+)
+from cgmq_fx.cost_models import Budget, parse_budget
+from cgmq_fx.cost_models import model as registry
 from tests.nets import small_classifier
+from tests.test_opaque import Block, Numbers
 
 BUDGETS = ["bops <= 1%", "bops <= 6%", "bops <= 2%"]
 
@@ -69,8 +84,8 @@ def test_a_stopped_sweep_trains_only_what_is_missing(
     first = run(tmp_path, BUDGETS[:2])
     trained: list[str] = []
 
-    def spied(model: Any, budget: str, *args: Any, **options: Any) -> Result:
-        trained.append(budget)
+    def spied(model: Any, budget: Budget, *args: Any, **options: Any) -> Result:
+        trained.append(str(budget))
         return cgmq_fx.quantize(model, budget, *args, **options)
 
     monkeypatch.setattr(sweeping, "quantize", spied)
@@ -101,6 +116,47 @@ def test_a_point_that_was_interrupted_continues(tmp_path: Path) -> None:
     again = run(tmp_path, BUDGETS[:1], loss=Stopping(10), **options)  # of 15 in all
     assert len(again[0].result.history.steps) == 15
     assert not list(tmp_path.glob("*.run"))
+
+
+def test_a_preset_is_known_by_its_name_in_another_process(tmp_path: Path) -> None:
+    preset = cgmq_fx.PRESETS["onnxruntime"]
+    options = {"epochs": 0, "budgets": ["bops <= 6%"]}
+    run(tmp_path, target=preset, **options)
+    elsewhere = replace(preset, trial=lambda captured: None)  # its functions lie elsewhere there
+    assert run(tmp_path, target=elsewhere, **options)[0].result.cost.satisfied
+
+
+class Priced(CostModel):
+    """Multiply-accumulates at a price, which a name alone does not tell."""
+
+    name = "priced"
+    unit = "coin"
+
+    def __init__(self, price: float = 1.0) -> None:
+        self.price = price
+
+    def node_cost(self, node: NodeFacts, bits: NodeBits) -> float:
+        return self.price * node.macs * bits.weight
+
+
+def test_cost_models_with_arguments_keep_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_REGISTRY", {**registry._REGISTRY, "priced": Priced})
+    found = run(budgets=[Priced(2.0) <= "30%", Priced(2.0) <= "20%"], folder=tmp_path, epochs=0)
+    assert [point.budget for point in found] == ["priced <= 30%", "priced <= 20%"]
+    file, before = found[0].file, found[0].result.cost.states[0].value
+    assert file is not None
+    with pytest.raises(CostModelError, match=r"counts .*; if the model has arguments, give it as"):
+        cgmq_fx.load(file)
+    loaded = cgmq_fx.load(file, cost_models=[Priced(2.0)])
+    assert loaded.cost.states[0].value == before
+
+
+def test_what_no_file_can_hold_is_found_before_training() -> None:
+    batches = [torch.randn(4, 8)]
+    with pytest.raises(ArtifactError, match=r"inner\.0"):
+        cgmq_fx.sweep(Block(Numbers()), ["bops <= 60%"], batches, epochs=0, progress=False)
 
 
 @pytest.mark.parametrize("changed", [{"epochs": 3}, {"seed": 1}, {"loss": None}])
@@ -195,9 +251,10 @@ def test_jobs_take_the_devices_in_turn(
     )
     net = made()
     before = [parameter.device for parameter in net.parameters()]
+    budgets = [parse_budget(budget) for budget in BUDGETS]
     for index in range(3):
-        sweeping._work(Mock(model=net), [str(index)], tmp_path, index, 1)
-    assert trained == [["0"], ["1"], ["2"]]
+        sweeping._work(Mock(model=net), budgets[index : index + 1], tmp_path, (), index, 1)
+    assert trained == [[budget] for budget in budgets]
     assert [str(device) for device in getattr(net, "moves", [])] == place
     assert [parameter.device for parameter in net.parameters()] == before
 
@@ -206,9 +263,10 @@ def test_jobs_take_the_devices_in_turn(
     ("count", "lengths"), [(1, [7]), (2, [3, 4]), (3, [2, 2, 3]), (7, [1] * 7)]
 )
 def test_stretches_are_neighbouring_and_even(count: int, lengths: list[int]) -> None:
-    stretches = list(sweeping._stretches([str(i) for i in range(7)], count))
+    budgets = [parse_budget(f"bops <= {i} %") for i in range(1, 8)]
+    stretches = list(sweeping._stretches(budgets, count))
     assert [len(s) for s in stretches] == lengths
-    assert [int(b) for s in stretches for b in s] == list(range(7))
+    assert [b for s in stretches for b in s] == budgets
 
 
 def point(cost: float, accuracy: float, budget: str = "") -> SweepPoint:

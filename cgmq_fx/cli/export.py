@@ -9,7 +9,7 @@ import click
 
 from cgmq_fx.cli import options
 from cgmq_fx.cli.common import reported
-from cgmq_fx.cli.loading import load_data
+from cgmq_fx.cli.loading import load_data, load_result
 
 
 @click.command("export", short_help="Write a file that a runtime executes.")
@@ -18,6 +18,7 @@ from cgmq_fx.cli.loading import load_data
 @click.option("--format", "form", help="The format, where the suffix of OUT does not say it.")
 @click.option("--data", help="Batches to compare on: package.module:loader, or mnist.")
 @click.option("--no-run", is_flag=True, help="Do not run the file in its runtime and compare.")
+@options.libraries
 @options.loudness
 @reported
 def command(
@@ -26,6 +27,7 @@ def command(
     form: str | None,
     data: str | None,
     no_run: bool,
+    libraries: tuple[str, ...],
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -40,11 +42,10 @@ def command(
         cgmq-fx export quantized/model.safetensors net.onnx
         cgmq-fx export quantized/model.safetensors net.onnx --format qonnx
     """  # noqa: D301 - click wants the backspace
-    from cgmq_fx.artifact import load
     from cgmq_fx.exporters import export
 
     samples = load_data(data).train
-    written = export(load(file), out, form, verify=not no_run, samples=samples)
+    written = export(load_result(file, libraries), out, form, verify=not no_run, samples=samples)
     if as_json:
         click.echo(json.dumps(written.certificate.to_json(), indent=1))
     elif not quiet:

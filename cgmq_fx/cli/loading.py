@@ -6,9 +6,10 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cgmq_fx.cli.common import numbers
@@ -16,6 +17,8 @@ from cgmq_fx.cli.common import numbers
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.export import ExportedProgram
+
+    from cgmq_fx.result import Result
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "bool")
 
@@ -82,6 +85,25 @@ def load_data(train: str | None, validation: str | None = None) -> Data:
     return Data(first, second if validation is None else _batches(validation))
 
 
+def load_result(file: Path, libraries: Collection[str]) -> Result:
+    """A result that `quantize` wrote.
+
+    Args:
+        file: The file.
+        libraries: Packages whose ops it may call; they are imported.
+
+    Raises:
+        OptionError: If a package cannot be imported.
+        CgmqError: If the file cannot be read, or does not hold what it states.
+    """
+    from cgmq_fx.artifact import load
+
+    for name in libraries:
+        with _explained(f"cannot import {name!r}"):
+            _imported(name)
+    return load(file, libraries=libraries)
+
+
 def load_loss(name: str) -> Callable[[Any, Any], Tensor] | None:
     """A loss by its name in torch.nn.functional or as `package.module:function`.
 
@@ -130,9 +152,13 @@ def tensor(text: str) -> Tensor:
 def _named(name: str) -> Any:
     """The object `package.module:object`, seen from the working directory."""
     module, _, path = name.partition(":")
+    return getattr(_imported(module), path)
+
+
+def _imported(module: str) -> ModuleType:
     sys.path.insert(0, os.getcwd())  # noqa: PTH109 - sys.path holds strings
     try:
-        return getattr(importlib.import_module(module), path)
+        return importlib.import_module(module)
     finally:
         sys.path.pop(0)
 

@@ -111,6 +111,13 @@ inputs = click.option(
 run = _together(_training, inputs, state, scheme)
 """What all commands that train have."""
 
+libraries = click.option(
+    "--library",
+    "libraries",
+    multiple=True,
+    help="A package whose ops the model calls, such as torchvision: it is imported and trusted.",
+)
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 loudness = _together(

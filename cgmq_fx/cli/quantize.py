@@ -65,7 +65,8 @@ def command(
         cgmq-fx quantize mynet:make --data mynet:batches \\
             --loss cross_entropy --budget "bops <= 1%, weights <= 64 KiB"
     """  # noqa: D301 - click wants the backspace
-    from cgmq_fx.cost_models.errors import TrainingError
+    from cgmq_fx.cli.writable import Writable
+    from cgmq_fx.cost_models.errors import CgmqError
     from cgmq_fx.driver import quantize
 
     arguments = options.arguments_of(**chosen)
@@ -76,9 +77,10 @@ def command(
             budget,
             progress=not quiet,
             checkpoint=checkpoint,
+            callbacks=[Writable()],
             **arguments,
         )
-    except TrainingError as error:
+    except CgmqError as error:
         if error.result is not None:
             written = ", ".join(map(str, write_result(error.result, out)))
             click.echo(f"what had been reached is within the budget: wrote {written}", err=True)

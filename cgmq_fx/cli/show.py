@@ -9,10 +9,12 @@ import click
 
 from cgmq_fx.cli import options
 from cgmq_fx.cli.common import reported
+from cgmq_fx.cli.loading import load_result
 
 
 @click.command("show", short_help="Show a saved result.")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@options.libraries
 @options.as_json
 @click.option(
     "--plots",
@@ -25,7 +27,13 @@ from cgmq_fx.cli.common import reported
     help="Write the report as one page.",
 )
 @reported
-def command(file: Path, as_json: bool, plots: Path | None, html: Path | None) -> None:
+def command(
+    file: Path,
+    libraries: tuple[str, ...],
+    as_json: bool,
+    plots: Path | None,
+    html: Path | None,
+) -> None:
     """Show a saved result: FILE is a model.safetensors that was written by quantize.
 
     Its cost is counted again, and nothing in it is executed, so it need not be trusted. The exit
@@ -35,9 +43,7 @@ def command(file: Path, as_json: bool, plots: Path | None, html: Path | None) ->
     Example:
         cgmq-fx show quantized/model.safetensors --html report.html
     """  # noqa: D301 - click wants the backspace
-    from cgmq_fx.artifact import load
-
-    result = load(file)
+    result = load_result(file, libraries)
     click.echo(json.dumps(result.report(), indent=1) if as_json else str(result))
     files = [] if html is None else [result.to_html(html)]
     files += [] if plots is None else result.plot(plots)

@@ -238,8 +238,11 @@ class ByteGraph:
                     raise ValueError(f"a transposed convolution gives {found}, not {wanted}")
             return whole.new_empty((*whole.shape[:2], *size))
 
-        images = self.permuted(operands[0], _TO_FIRST)
-        made = self.multiplied(_ATEN.conv_transpose2d.input, [images, *operands[1:]], rule)
+        images, weight, *bias = operands
+        if isinstance(weight, Constant):
+            weight = self.weight(weight, outputs=1)
+        operands = [self.permuted(images, _TO_FIRST), weight, *bias]
+        made = self.multiplied(_ATEN.conv_transpose2d.input, operands, rule)
         return self.permuted(made, _TO_LAST)
 
     def multiplied(
@@ -279,11 +282,17 @@ class ByteGraph:
         """An op whose result has the shape that its operands have when they are broadcast."""
         return self.call(target, operands, _broadcast)
 
-    def weight(self, constant: Constant) -> Operand:
-        """A weight: its bits are read from its codes, if it has any."""
+    def weight(self, constant: Constant, outputs: int = 0) -> Operand:
+        """A weight: its bits are read from its codes, if it has any.
+
+        Args:
+            constant: The weight.
+            outputs: Its axis over outputs, which may have steps of their own.
+        """
         if constant.steps is None and constant.values.dtype.kind == "f":
-            found = float_codes(constant.values)
-            constant = constant if found is None else Constant(*found)
+            found = float_codes(np.moveaxis(constant.values, outputs, 0))
+            if found is not None:
+                constant = Constant(np.moveaxis(found[0], 0, outputs), found[1], outputs)
         if constant.steps is None or constant not in self._kept:
             if constant.steps is None:
                 return constant

@@ -29,6 +29,8 @@ from cgmq_fx.passes.state import shape_of
 _IMAGE = 4
 """Dimensions of a batch of images."""
 
+_QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
+_DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 _TO_LAST, _TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
@@ -53,6 +55,28 @@ class TakeChannelsLast(Pass):
                 new = module.graph.call_function(permute, (node, list(_TO_FIRST)))
             node.replace_all_uses_with(new, lambda user, own=new: user is not own)
         return PassResult(module, modified=bool(images))
+
+
+@dataclass(frozen=True)
+class SeparateGrids(Pass):
+    """Keep the converter from dropping a change of grid.
+
+    Before: a graph with PyTorch's quantize and dequantize. After: no value goes from one grid to
+    another without an op between, which would be taken for rounding twice to the first.
+    """
+
+    def run(self, module: GraphModule) -> PassResult:
+        """Put the limits that the second grid has anyway between the two."""
+        graph, found = module.graph, False
+        for node in list(graph.find_nodes(op="call_function", target=_QUANTIZE)):
+            source, scale, zero, low, high, _ = node.args
+            if source.target is _DEQUANTIZE and source.args[1:3] != (scale, zero):
+                limits = (scale * (low - zero), scale * (high - zero))
+                with graph.inserting_before(node):
+                    clamped = graph.call_function(torch.ops.aten.clamp.default, (source, *limits))
+                node.replace_input_with(source, clamped)
+                found = True
+        return PassResult(module, modified=found)
 
 
 def channels_last(inputs: ExampleInputs) -> ExampleInputs:
@@ -81,7 +105,7 @@ class LiteRT(Exporter):
             raise ExportError("LiteRT files take tensors by position, nothing else")
         module = copy_graph(source.lowered)
         module = run_passes(module, [TakeChannelsLast(), PropagateShapes(sample)])
-        module = contained(module, float_weights=True)
+        module = run_passes(contained(module, float_weights=True), [SeparateGrids()])
         try:
             with quiet(), redirect_stdout(StringIO()), torch.no_grad():  # it prints its progress
                 _convert(module, sample, path)

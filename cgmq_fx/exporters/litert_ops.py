@@ -302,6 +302,12 @@ def _looked_up(call: Call) -> list[Value]:
     ]
 
 
+def _resized(call: Call, x: Tensor) -> Tensor:
+    """Images, with channels last, of a height and width that the file gives."""
+    height, width = call.integers(1)
+    return x.new_empty((x.shape[0], height, width, x.shape[3]))
+
+
 def _tiled(call: Call, x: Tensor) -> Tensor:
     return x.repeat(call.integers(1))
 
@@ -377,6 +383,7 @@ HANDLERS: dict[int, Handler] = {
     74: _reduced(_ATEN.sum.dim_IntList),
     82: _reduced(_ATEN.amax.default),
     83: Handler(_stacked),
+    97: _moved(_ATEN.upsample_nearest2d.vec, _resized),
     126: Handler(_product),
     130: _moved(_ATEN.expand.default, lambda call, x: x.expand(call.integers(1))),
 }
