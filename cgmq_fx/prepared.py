@@ -36,6 +36,7 @@ from cgmq_fx.passes.attention import DecomposeAttention
 from cgmq_fx.passes.bias import BIASES, QuantizeBiases, align_signs
 from cgmq_fx.passes.capture import Captured, ExampleInputs, capture, device_of
 from cgmq_fx.passes.complexes import DecomposeComplex
+from cgmq_fx.passes.constants import FoldWeights
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.decompose import DecomposeComposite
 from cgmq_fx.passes.freeze import Freeze
@@ -331,6 +332,7 @@ def normalised(captured: Captured) -> Captured:
         RelaxViews(),
         RemoveNoOps(),
         PropagateShapes(captured.inputs),
+        FoldWeights(),
         FoldBatchNorm(),
         DecomposeAttention(),
         DecomposeComplex(),

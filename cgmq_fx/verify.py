@@ -6,6 +6,7 @@ graph, shapes come from running it on fake tensors, and an operand without a qua
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch.fx import GraphModule
@@ -73,12 +74,28 @@ class CostReport:
                 lines += [line for n in self.nodes for line in _rounded_up(model.target, n, self)]
         return tuple(dict.fromkeys(lines))
 
+    @property
+    def references(self) -> dict[str, float]:
+        """What relative bounds refer to, by `Constraint.base`."""
+        return {s.constraint.base: s.reference for s in self.states if s.constraint.bound.relative}
+
     def __getitem__(self, name: str) -> ConstraintState:
-        """The first constraint on the cost model `name`."""
+        """The first constraint on a cost: "bops" is the whole model's, "bops[head]" a part's.
+
+        Raises:
+            KeyError: If the budget does not bound that cost.
+        """
         for state in self.states:
-            if state.constraint.model.name == name:
+            if state.constraint.name == name:
                 return state
-        raise KeyError(name)
+        bounded = ", ".join(state.constraint.name for state in self.states)
+        raise KeyError(f"{name}; the budget bounds {bounded}")
+
+    def __contains__(self, name: object) -> bool:
+        return any(state.constraint.name == name for state in self.states)
+
+    def __iter__(self) -> Iterator[ConstraintState]:
+        return iter(self.states)
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.states))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from math import isfinite
@@ -68,6 +68,11 @@ class Constraint:
         """The cost's name, with its scope in brackets."""
         return self.model.name if self.scope is None else f"{self.model.name}[{self.scope}]"
 
+    @property
+    def base(self) -> str:
+        """What a relative bound refers to: the cost's name, and the bits of everything."""
+        return f"{self.name} of {self.bound.base} bits"
+
     def __str__(self) -> str:
         """The string form that a budget is read from, exact: it reads back as the same bound."""
         exact = Decimal(repr(float(self.bound.value)))
@@ -119,6 +124,18 @@ class Budget:
         """The same budget for one model, whose costs at the bounds' bases are `references`."""
         pairs = zip(self.constraints, references, strict=True)
         return Budget(tuple(replace(c, bound=replace(c.bound, reference=r)) for c, r in pairs))
+
+    @property
+    def references(self) -> dict[str, float]:
+        """What the relative bounds refer to, where that is known, by `Constraint.base`."""
+        pairs = ((c.base, c.bound.reference) for c in self.constraints if c.bound.relative)
+        return {base: reference for base, reference in pairs if reference is not None}
+
+    def with_references(self, known: Mapping[str, float]) -> Budget:
+        """The same budget with these references, by `Constraint.base`, and no others."""
+        bounds = [replace(c.bound, reference=known.get(c.base)) for c in self.constraints]
+        pairs = zip(self.constraints, bounds, strict=True)
+        return Budget(tuple(replace(c, bound=bound) for c, bound in pairs))
 
     def __and__(self, other: Constraint | Budget) -> Budget:
         more = other.constraints if isinstance(other, Budget) else (other,)

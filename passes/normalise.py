@@ -138,6 +138,8 @@ class MergeState(Pass):
 class RemoveNoOps(Pass):
     """Remove what does nothing: identities, dropout with probability 0, unread values and state.
 
+    Checks of the dtype that a tensor had when it was captured go, too.
+
     Before: a graph. After: the same function of the input with fewer nodes.
     """
 
@@ -145,7 +147,10 @@ class RemoveNoOps(Pass):
         """Bypass identities, then drop unread nodes and the state that nobody reads."""
         modified = False
         for node in list(module.graph.nodes):
-            if _does_nothing(node) or _detaches_constant(module, node):
+            if node.target is _ATEN._assert_tensor_metadata.default:
+                module.graph.erase_node(node)  # of what was captured, which passes may change
+                modified = True
+            elif _does_nothing(node) or _detaches_constant(module, node):
                 node.replace_all_uses_with(node.args[0])
                 module.graph.erase_node(node)
                 modified = True

@@ -351,3 +351,23 @@ def test_codes_that_no_width_holds_are_refused() -> None:
 def test_a_manifest_reads_back() -> None:
     manifest = manifest_of(deployed("mlp", "both"))
     assert Manifest.from_json(json.loads(json.dumps(manifest.to_json())), "x") == manifest
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2", "safetensors"])
+def test_shares_of_a_shortened_network_refer_to_the_whole_one(suffix: str, tmp_path: Path) -> None:
+    result, whole = deployed("separable", "both", "macs <= 60%"), deployed("separable", "tensor")
+    exported = result.export(tmp_path / f"net.{suffix}")
+    assert result.cost.facts.macs < 0.6 * whole.cost.facts.macs
+    for budget in (None, "macs <= 60%"):
+        (state,) = verify_file(exported.path, budget).states
+        assert state.satisfied
+        assert state.relative == result.cost["macs"].relative
+    (other,) = verify_file(exported.path, "bops <= 50%").states  # nobody said what these were
+    assert other.reference < whole.cost["bops"].reference
+
+
+@pytest.mark.parametrize("stated", [-1.0, float("inf"), "x", None])
+def test_a_reference_that_is_no_cost_is_refused(stated: object) -> None:
+    manifest = {"format": 1, "batch": 1, "budget": "", "bits": {}, "references": {"bops": stated}}
+    with pytest.raises(ArtifactError, match="manifest of here"):
+        Manifest.from_json(manifest, "here")

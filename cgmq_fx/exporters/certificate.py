@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from cgmq_fx.exporters.layer_names import layer_names
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.result import Result
+from cgmq_fx.verify import count
 
 SUFFIX = ".certificate.json"
 _FORMAT = 1
@@ -106,7 +108,10 @@ def manifest_of(result: Result) -> Manifest:
             layouts[name] = Layout(spec.bit_widths, spec.gate_shape, spec.power_of_two)
     parts = any(constraint.scope is not None for constraint in result.budget)
     layers = layer_names(result.cost.facts) if parts else ()
-    return Manifest(result.inputs.batch or 1, str(result.budget), layouts, layers)
+    budget = result.budget
+    own = count(result.model, result.inputs, budget.with_references({})).references
+    known = {k: v for k, v in budget.references.items() if not isclose(v, own[k], rel_tol=1e-9)}
+    return Manifest(result.inputs.batch or 1, str(budget), layouts, layers, known)
 
 
 def verify_file(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -61,12 +62,15 @@ class Manifest:
         budget: The budget that it was made for, as text.
         layouts: For every quantizer, how its bits are meant to be read.
         layers: The layers by name, where the budget bounds some of them.
+        references: What relative bounds refer to, by `Constraint.base`, where it is more than the
+            network in the file costs: channels of it were removed.
     """
 
     batch: int = 2
     budget: str = ""
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     layers: tuple[LayerName, ...] = ()
+    references: Mapping[str, float] = field(default_factory=dict)
 
     def layout(self, tensor: str) -> Layout:
         """The layout of the quantizer that a tensor of codes or steps belongs to."""
@@ -88,6 +92,7 @@ class Manifest:
             "budget": self.budget,
             "bits": rows,
             **({"layers": [layer.to_json() for layer in self.layers]} if self.layers else {}),
+            **({"references": dict(self.references)} if self.references else {}),
         }
 
     @staticmethod
@@ -120,13 +125,16 @@ class Manifest:
         try:
             layouts = {str(k): _layout(*row) for k, row in data["bits"].items()}
             layers = tuple(map(LayerName.from_json, data.get("layers", ())))
+            references = {str(k): float(v) for k, v in data.get("references", {}).items()}
             batch = int(data["batch"])
             budget = str(data["budget"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"the manifest of {name} is damaged: {error}") from error
         if not 1 <= batch <= 1 << 20:
             raise ArtifactError(f"the manifest of {name} states a batch of {batch}")
-        return Manifest(batch, budget, layouts, layers)
+        if not all(isfinite(v) and v >= 0 for v in references.values()):
+            raise ArtifactError(f"the manifest of {name} states a cost that is none")
+        return Manifest(batch, budget, layouts, layers, references)
 
 
 def _layout(widths: Sequence[int], gates: Sequence[int], power_of_two: int) -> Layout:
@@ -290,7 +298,7 @@ class CostGraph:
         Args:
             outputs: What the network returns.
             budget: The constraints; a bound's own reference is not used.
-            manifest: The batch size of the shapes, and the names of layers.
+            manifest: The batch size of the shapes, the names of layers, and references.
 
         Raises:
             ArtifactError: If a layer is bound by its name, and the names do not fit.
@@ -307,7 +315,7 @@ class CostGraph:
         facts = annotate(module, manifest.batch)
         if any(constraint.scope is not None for constraint in budget):
             facts = named(facts, manifest.layers)
-        ledger = Ledger(facts, budget, read_bits(module))
+        ledger = Ledger(facts, budget.with_references(manifest.references), read_bits(module))
         return ledger.states(), facts
 
     def _mark_float(self, module: GraphModule) -> None:

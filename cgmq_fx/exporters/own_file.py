@@ -32,7 +32,8 @@ class _Loaded(FileCost):
 
     def count(self, budget: Budget) -> tuple[tuple[ConstraintState, ...], tuple[str, ...]]:
         """Count on the graph in the file."""
-        report = count(self.result.model, self.result.inputs, budget)
+        known = budget.with_references(self.result.budget.references)
+        report = count(self.result.model, self.result.inputs, known)
         return report.states, report.facts.unknown
 
 
