@@ -89,6 +89,7 @@ _MIXED = (2, 4, 8)
 SCHEMES = {
     "tensor": Scheme(_MIXED),
     "channel": Scheme(_MIXED, weights="channel"),
+    "pruned": Scheme((0, *_MIXED), weights="channel"),
     "both": Scheme((0, *_MIXED), weights="channel", activations="channel"),
     "element": Scheme((0, *_MIXED), weights="element"),
     "w2": Scheme((2,)),

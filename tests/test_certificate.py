@@ -355,9 +355,9 @@ def test_a_manifest_reads_back() -> None:
 
 @pytest.mark.parametrize("suffix", ["onnx", "pt2", "safetensors"])
 def test_shares_of_a_shortened_network_refer_to_the_whole_one(suffix: str, tmp_path: Path) -> None:
-    result, whole = deployed("separable", "both", "macs <= 60%"), deployed("separable", "tensor")
+    result, whole = deployed("mlp", "pruned", "macs <= 60%"), deployed("mlp", "tensor")
     exported = result.export(tmp_path / f"net.{suffix}")
-    assert result.cost.facts.macs < 0.6 * whole.cost.facts.macs
+    assert result.cost.facts.macs <= 0.6 * whole.cost.facts.macs
     for budget in (None, "macs <= 60%"):
         (state,) = verify_file(exported.path, budget).states
         assert state.satisfied

@@ -28,6 +28,7 @@ CASES = {
     ("lenet5", "channel"): {"QLinearConv": 2, "QGemm": 2},
     ("mlp", "tensor"): {"QGemm": 3},
     ("resnet20", "channel"): {"QLinearConv": 19, "QLinearAdd": 9, "QGemm": 1, "Add": 0},
+    ("separable", "both"): {},
     ("separable", "tensor"): {"QLinearConv": 3, "QGemm": 1},
     ("parts", "channel"): {},
     ("transformer", "tensor"): {},

@@ -59,17 +59,18 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         kind = ir.DataType(dtype).numpy()
         zero = constant(np.full(list(step.shape), zero_point), kind)
         limits = np.add(low, zero_point), np.add(high, zero_point)
-        whole = np.iinfo(kind)
-        if (limits[0] <= whole.min).all() and (limits[1] >= whole.max).all():
+        whole, single = np.iinfo(kind), len(step.shape) == 0
+        if single and (limits[0] <= whole.min).all() and (limits[1] >= whole.max).all():
             return op.QuantizeLinear(x, step, zero, axis=axis)
-        if len(low) == 1 and np.dtype(kind).itemsize == 1:
+        if single and len(low) == 1 and np.dtype(kind).itemsize == 1:
             codes = op.QuantizeLinear(x, step, zero, axis=axis)
             return op.Clip(codes, constant(limits[0][0], kind), constant(limits[1][0], kind))
-        # onnxruntime clips neither codes of 16 bits nor channel by channel: clip the values
-        along = [-1 if i == axis else 1 for i in range(len(x.shape))] if len(low) > 1 else []
+        # onnxruntime clips neither codes of 16 bits nor channel by channel, and takes steps per
+        # channel right behind a convolution for one it can execute: clip the values
+        along = [] if single else [-1 if i == axis else 1 for i in range(len(x.shape))]
         step_along = op.Reshape(step, constant(along, np.int64)) if along else step
         for limit, nearest in ((low, op.Max), (high, op.Min)):
-            codes = constant(np.reshape(limit, along), np.float32)
+            codes = constant(np.reshape(limit, along if len(limit) > 1 else []), np.float32)
             x = nearest(x, op.Mul(codes, step_along))
         return op.QuantizeLinear(x, step, zero, axis=axis)
 

@@ -214,7 +214,7 @@ def _argument(argument: Mapping[str, Any]) -> Any:
     if kind in ("as_tensors", "as_optional_tensors"):
         return [_argument(v) if "as_tensor" in v else {"node": v["name"]} for v in value]
     if kind in _KINDS:
-        return value
+        return {"float": value} if isinstance(value, str) and kind == "as_float" else value
     if kind in ("as_sym_int", "as_sym_bool", "as_sym_float"):
         return {"node": value["as_name"]} if "as_name" in value else next(iter(value.values()))
     if kind == "as_sym_ints":
