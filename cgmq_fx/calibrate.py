@@ -7,7 +7,8 @@ and keeps what it has learned on top.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import gcd, prod
 from typing import Any
@@ -36,6 +37,18 @@ _LEAST_NOISE = 0.01
 """Values may be on the grid by chance, all zero before training for one, and do not stay there."""
 
 _GOLDEN = 0.6180339887498949
+
+
+@contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Give back the buffers that a model's forward writes into, as they were."""
+    before = [(tensor, tensor.detach().clone()) for tensor in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, kept in before:
+                tensor.copy_(kept)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,10 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
         target = pytree.tree_map(
-            lambda t: t.to(device) if isinstance(t, Tensor) else t, self.target
+            lambda t: (
+                (t.clone() if t.is_inference() else t).to(device) if isinstance(t, Tensor) else t
+            ),
+            self.target,
         )
         return Batch(self.inputs.to(device), target)
 
@@ -163,12 +165,46 @@ def _describe(batch: Any) -> str:
     )
 
 
+def check_constants(inputs: ExampleInputs, expected: ExampleInputs) -> None:
+    """Check that what is no tensor is what the model was captured with.
+
+    Raises:
+        DataError: If a number, a flag or a text differs.
+    """
+    found, captured = _constants(inputs), _constants(expected)
+    for name, value in captured.items():
+        if name not in found or found[name] != value:
+            given = repr(found[name]) if name in found else "nothing"
+            raise DataError(
+                f"the model was captured with {name} = {value!r}, and a batch has {given}: what is "
+                "no tensor stands in the graph, so all batches need the same; quantize a model for "
+                "each value"
+            )
+
+
+def _constants(inputs: ExampleInputs) -> dict[str, Any]:
+    """Numbers, flags and texts by their place among the inputs."""
+    args = {f"input {i}": value for i, value in enumerate(inputs.args)}
+    kinds = (bool, int, float, str)
+    return {
+        f"{name}{pytree.keystr(path)}": leaf
+        for name, value in {**args, **inputs.kwargs}.items()
+        for path, leaf in pytree.tree_flatten_with_path(value)[0]
+        if isinstance(leaf, kinds)
+    }
+
+
 def first_batch(data: Iterable[Any], name: str) -> Any:
     """The first batch of re-iterable data.
 
     Raises:
-        DataError: If the data is empty or can be iterated only once.
+        DataError: If the data is empty or can be iterated only once, or is one tensor.
     """
+    if isinstance(data, Tensor):
+        raise DataError(
+            f"{name} is a tensor of shape {tuple(data.shape)}, whose rows would be taken for "
+            "batches; give batches: [tensor], tensor.split(64), or a DataLoader"
+        )
     if isinstance(data, Iterator):
         raise DataError(
             f"{name} can be iterated only once (it is a {type(data).__name__}), but it is needed "
@@ -290,7 +326,24 @@ def _random_like(example: Tensor, generator: torch.Generator) -> Tensor:
 def calibration_batches(
     data: Iterable[Any], signature: Signature, supervised: bool, count: int, device: torch.device
 ) -> list[ExampleInputs]:
-    """The inputs of the first `count` batches."""
-    return [
-        split_batch(batch, signature, supervised).inputs.to(device) for batch in islice(data, count)
-    ]
+    """The inputs of the first `count` batches.
+
+    Raises:
+        DataError: If the data cannot be iterated, or a batch does not fit the model.
+    """
+    found = []
+    batches = iter(data)
+    for number in range(1, count + 1):
+        try:
+            raw = next(batches)
+        except StopIteration:
+            break
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"the data failed at batch {number}, in calibration: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        found.append(split_batch(raw, signature, supervised).inputs.to(device))
+    return found

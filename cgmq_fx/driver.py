@@ -114,15 +114,14 @@ def quantize(
         CgmqError: With what is wrong and what to do: the budget cannot be read or cannot be met,
             the model cannot be captured, the data does not fit, or training diverged.
     """
+    _check_options(scheme, start, callbacks, seed, epochs, compile)
     where = deployment(target)
     chosen = where.scheme(scheme)
     parsed = parse_budget(budget, where.chip)
-    if not isinstance(epochs, int) or epochs < 0:
-        raise OptionError(f"epochs must be a whole number, 0 or more, not {epochs!r}")
     _check_callable(loss=loss, metric=metric, optimizer=optimizer)
     if train_data is None and loss is not None:
         raise DataError("a loss was given, but no train_data; pass it, or leave out loss=")
-    with TURN, _seeded(seed):
+    with TURN, _seeded(seed), torch.inference_mode(False), torch.enable_grad():
         inputs = example_inputs_of(model, example_inputs, train_data, loss is not None)
         captured = float_graph(model, inputs)
         where.preset.check_ops(captured)
@@ -162,6 +161,24 @@ def quantize(
         if checkpoint is not None:
             run.resume(checkpoint, identity, (data, val_data))
         return run.train(data, val_data, epochs)
+
+
+def _check_options(
+    scheme: Any, start: Any, callbacks: Any, seed: Any, epochs: Any, compile: Any
+) -> None:
+    """Raise an OptionError for what can only be a mistake, before anything is captured."""
+    if scheme is not None and not isinstance(scheme, Scheme):
+        raise OptionError(f"scheme= takes a Scheme, such as Scheme(weights='channel'): {scheme!r}")
+    if start is not None and not isinstance(start, Result):
+        raise OptionError(f"start= takes a Result, not a {type(start).__name__}")
+    if not isinstance(callbacks, Sequence) or not all(isinstance(c, Callback) for c in callbacks):
+        raise OptionError(f"callbacks= takes a list of Callback objects, not {callbacks!r}")
+    for name, value in (("epochs", epochs), ("seed", seed)):
+        if type(value) is not int or value < 0:
+            raise OptionError(f"{name} must be a whole number, 0 or more, not {value!r}")
+    if isinstance(compile, str) and compile not in torch.compiler.list_backends([]):
+        known = ", ".join(torch.compiler.list_backends())
+        raise OptionError(f"compile= names no backend of torch.compile: {compile!r}; try {known}")
 
 
 _CALLS = {

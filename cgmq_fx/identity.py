@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from hashlib import sha256
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -41,11 +41,18 @@ def model_identity(
 
 
 def name_of(function: Callable[..., Any] | None) -> str | None:
-    """A function, or the class of an object, by module and name."""
+    """A function, or the class of an object, by module and name; by its code if it has no name."""
     if function is None:
         return None
     named: Any = function if isinstance(function, FunctionType | type) else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
+    name = f"{named.__module__}.{named.__qualname__}"
+    return f"{name} {_code(named.__code__)}" if named.__name__ == "<lambda>" else name
+
+
+def _code(code: CodeType) -> str:
+    """A short digest of what code does: its instructions, names and constants."""
+    constants = [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    return _short(repr([code.co_code, code.co_names, constants]).encode())
 
 
 def optimizer_identity(optimizer: Optimizer) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from cgmq_fx.calibrate import RangeTable, calibrate
+from cgmq_fx.calibrate import RangeTable, calibrate, unchanged_buffers
 from cgmq_fx.controller import Controller
 from cgmq_fx.cost_models import (
     Assignment,
@@ -186,7 +186,8 @@ class Prepared:
         if self._direction.measured:
             align_signs(self.model)
             own = self._quantizers
-            tables = with_distortion(self.model, own, tables, seen[0], self.dynamic)
+            with unchanged_buffers(self.model):
+                tables = with_distortion(self.model, own, tables, seen[0], self.dynamic)
         self._controller = self._controlled(tables)
 
     def step(self) -> None:
@@ -288,7 +289,8 @@ class Prepared:
     def _ranges(self, batches: list[ExampleInputs]) -> dict[str, RangeTable]:
         own = self._quantizers
         inputs = frozenset(self.parameter_names) & frozenset(own)
-        return calibrate(self.model, own, batches, inputs)
+        with unchanged_buffers(self.model):
+            return calibrate(self.model, own, batches, inputs)
 
     def _controlled(self, tables: Mapping[str, RangeTable]) -> Controller:
         self._tables = tables

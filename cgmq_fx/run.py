@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from cgmq_fx.callbacks import Callback
@@ -28,6 +27,7 @@ from cgmq_fx.cost_models.errors import (
 from cgmq_fx.data import (
     Batch,
     Signature,
+    check_constants,
     split_batch,
 )
 from cgmq_fx.health import silent_channels
@@ -48,6 +48,7 @@ from cgmq_fx.training import (
     OptimizerFactory,
     accuracy,
     imitation,
+    made_by,
     parameter_groups,
     schedule,
 )
@@ -90,7 +91,7 @@ class Run:
         self.listeners = listeners
         self.device = device_of(self.model)
         self.signature = Signature.like(prepared.example_inputs, prepared.parameter_names)
-        self.optimizer: Optimizer = optimizer(parameter_groups(self.model))
+        self.optimizer = made_by(optimizer, parameter_groups(self.model))
         self.scheduler = LambdaLR(self.optimizer, schedule(search, steps))
         self.store: CheckpointStore | None = None
         self.position = Position(torch.zeros((), device=self.device))
@@ -350,6 +351,7 @@ class Run:
                 f"{shapes_of(expected.tensors)}; batches need the same shapes and kinds of dtypes, "
                 f"{free}"
             )
+        check_constants(batch.inputs, expected)
         return batch.to(self.device)
 
     @torch.no_grad()

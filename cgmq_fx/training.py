@@ -8,10 +8,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import LBFGS, Adam, Optimizer
 from torch.utils import _pytree as pytree
 
-from cgmq_fx.cost_models.errors import DataError
+from cgmq_fx.cost_models.errors import DataError, OptionError
 from cgmq_fx.passes.quantizer import Quantizer
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
@@ -26,6 +26,23 @@ _WEIGHT_RATE = 1e-3
 _RANGE_RATE = 1e-2
 _WARMUP = 0.02
 _SEARCH_SHARE = 0.4
+
+
+def made_by(factory: OptimizerFactory, groups: list[dict[str, Any]]) -> Optimizer:
+    """The optimizer that a user's function makes of the parameter groups.
+
+    Raises:
+        OptionError: If it makes none, or one that a driver cannot step.
+    """
+    try:
+        made = factory(groups)
+    except Exception as error:
+        raise OptionError(f"optimizer(groups) failed: {type(error).__name__}: {error}") from error
+    if not isinstance(made, Optimizer):
+        raise OptionError(f"optimizer(groups) must return an optimizer, not {made!r}")
+    if isinstance(made, LBFGS):
+        raise OptionError("LBFGS computes the loss itself, several times a step; take another one")
+    return made
 
 
 def default_optimizer(groups: list[dict[str, Any]]) -> Optimizer:

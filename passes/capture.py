@@ -191,6 +191,11 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def _copy(model: nn.Module) -> nn.Module:
+    named = (*model.named_parameters(), *model.named_buffers())
+    if without := [name for name, tensor in named if tensor.is_meta]:
+        raise CaptureError(
+            f"{without[0]} has no values (it is on the meta device); load them first"
+        )
     try:
         with quiet():
             return copy_model(model)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import Tensor
@@ -161,15 +162,22 @@ def _rounds_like(node: Node, pair: Node) -> bool:
 
 
 def _grid_of(node: Node) -> Node | None:
-    """The pair whose grid the output of an op is on, if the op keeps grids."""
+    """The pair whose grid the output of an op is on, if the op keeps grids.
+
+    Of several on one grid, limits may be narrower where a clamp was absorbed: the widest counts.
+    """
     if node.op != "call_function" or shape_of(node) is None:
         return None
     if not preserves_grid(node) and node.target not in JOINS:
         return None
     inputs = _rounded_inputs(node)
-    pairs = [i for i in inputs if is_pair(i)]
-    same = {str(p.args[0].args[1:]) for p in pairs if isinstance(p.args[0], Node)}
-    return pairs[0] if len(pairs) == len(inputs) and len(same) == 1 else None
+    if not inputs or not all(map(is_pair, inputs)):
+        return None
+    codes = [pair.args[0] for pair in inputs if isinstance(pair.args[0], Node)]
+    grids = {str((c.args[1:3], c.args[5:])) for c in codes}
+    lows, highs = (np.array([argument(c, end) for c in codes]) for end in ("low", "high"))
+    widest = ((lows == lows.min(0)) & (highs == highs.max(0))).all(1)
+    return inputs[int(widest.argmax())] if len(grids) == 1 and widest.any() else None
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ class ExampleInputs:
         return None
 
     def to(self, device: torch.device) -> ExampleInputs:
-        """The same with all tensors on `device`, detached."""
-        return self.map(lambda t: t.detach().to(device))
+        """The same with all tensors on `device`, detached, and none of them of inference mode."""
+        return self.map(lambda t: (t.clone() if t.is_inference() else t.detach()).to(device))
 
     def at_least_two(self) -> ExampleInputs:
         """The same with a batch of 1 repeated to 2: export takes a size of 1 for a constant."""

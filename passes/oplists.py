@@ -96,6 +96,7 @@ FREE = (
     softshrink hardshrink tanhshrink softsign threshold prelu rrelu rrelu_with_noise log_sigmoid
     logsigmoid glu log_softmax _log_softmax batch_norm layer_norm native_layer_norm group_norm
     instance_norm rms_norm local_response_norm native_batch_norm _native_batch_norm_legit
+    _native_batch_norm_legit_no_training
     cudnn_batch_norm normalize alpha_dropout feature_alpha_dropout dropout_ native_dropout
     bernoulli max_pool2d_with_indices lp_pool2d lp_pool1d embedding embedding_bag one_hot neg pow
     rsub reciprocal floor ceil round trunc sign sin cos tan asin acos atan atan2 sinh log log2

@@ -1,12 +1,15 @@
 """What a user can do wrong at the top level: each mistake is one clear error of our own."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim import LBFGS
+from torch.utils.data import DataLoader, Dataset
 
 import cgmq_fx
 from benchmarks.lenet5 import LeNet5
@@ -44,6 +47,43 @@ def turns_nan() -> Callable[[Tensor, Tensor], Tensor]:
     return lambda output, target: (
         cross_entropy(output, target) * (float("nan") if next(calls) == 4 else 1.0)
     )
+
+
+class Doubling(nn.Module):
+    """A flag that says what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y * 2 if twice else y
+
+
+def flags() -> Any:
+    data = [{"x": torch.rand(4, 4), "twice": i == 1} for i in range(3)]
+    return cgmq_fx.quantize(Doubling(), "bops <= 5%", data, epochs=1, progress=False)
+
+
+def on_meta() -> Any:
+    return cgmq_fx.quantize(net().to("meta"), "bops <= 5%", batches(), progress=False)
+
+
+class Ending(Dataset[Any]):
+    """A disk that goes away."""
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 1:
+            raise OSError("disk gone")
+        return batches()[0]
+
+    def __len__(self) -> int:
+        return 3
+
+
+def refused(groups: Any) -> Any:
+    raise ZeroDivisionError("no rate")
 
 
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
@@ -136,6 +176,37 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }
 
 
+MISTAKES |= {
+    "another flag": (flags, cgmq_fx.DataError, "captured with twice = False, and a batch has True"),
+    "no values": (on_meta, cgmq_fx.CaptureError, "0.weight has no values"),
+    "one tensor": (
+        lambda: quantize(data=torch.rand(8, 1, 8, 8)),
+        cgmq_fx.DataError,
+        r"the data is a tensor of shape \(8, 1, 8, 8\), whose rows",
+    ),
+    "data that ends": (
+        lambda: quantize(data=DataLoader(Ending(), batch_size=None)),
+        cgmq_fx.DataError,
+        "the data failed at batch 2, in calibration: OSError: disk gone",
+    ),
+    **{
+        f"{name}: {message}": (partial(quantize, **{name: value}), cgmq_fx.OptionError, message)
+        for name, value, message in [
+            ("optimizer", lambda groups: None, "must return an optimizer, not None"),
+            ("optimizer", refused, r"optimizer\(groups\) failed: ZeroDivisionError: no rate"),
+            ("optimizer", lambda groups: LBFGS([groups[0]["params"][0]]), "LBFGS"),
+            ("compile", "nope", "no backend of torch.compile: 'nope'"),
+            ("callbacks", [1], r"a list of Callback objects, not \[1\]"),
+            ("callbacks", print, "a list of Callback objects"),
+            ("start", 3, "takes a Result, not a int"),
+            ("scheme", "element", "takes a Scheme"),
+            ("seed", "a", "seed must be a whole number"),
+            ("epochs", True, "epochs must be a whole number"),
+        ]
+    },
+}
+
+
 @pytest.mark.parametrize(("mistake", "kind", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_are_clear_errors(
     mistake: Callable[[], Any], kind: type[Exception], message: str
@@ -164,3 +235,43 @@ def test_the_users_model_and_global_state_are_left_alone() -> None:
     assert model.training
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(seed, torch.random.get_rng_state())
+
+
+def test_calls_without_gradients_are_trained_all_the_same() -> None:
+    with torch.no_grad():
+        plain = quantize(epochs=4)
+    with torch.inference_mode():
+        inside = quantize()
+    assert plain.cost.satisfied
+    assert inside.cost.satisfied
+    assert plain.history.steps[-1].loss != plain.history.steps[0].loss
+
+
+class Running(nn.Module):
+    """A buffer that forward writes into."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add_(x.mean())
+        y: Tensor = self.layer(x)
+        return y
+
+
+def test_calibration_leaves_buffers_as_they_are() -> None:
+    prepared = cgmq_fx.prepare(Running(), "bops <= 50%", torch.ones(3, 4))
+    prepared.calibrate([torch.ones(3, 4)] * 3)
+    assert dict(prepared.model.named_buffers())["seen"] == 0
+
+
+def test_the_whole_models_cost_is_not_that_of_a_part() -> None:
+    cost = quantize("bops[4] <= 20%, bops <= 30%", epochs=0).cost
+    assert cost["bops"].value > cost["bops[4]"].value
+    assert ("bops" in cost, "macs" in cost, len(list(cost))) == (True, False, 2)
+    with pytest.raises(KeyError, match=r"macs; the budget bounds bops\[4\], bops"):
+        cost["macs"]

@@ -117,7 +117,8 @@ def translated(program: ExportedProgram, table: dict[Any, Any], opset: int) -> A
                 verbose=False,
             )
     except Exception as error:
-        raise ExportError(f"torch.onnx cannot translate the model: {error}") from error
+        cause = error.__cause__ or error  # what it says itself is how to report that
+        raise ExportError(f"torch.onnx cannot translate the model: {cause}") from error
     if exported is None:
         raise ExportError("torch.onnx gave no program")
     return exported

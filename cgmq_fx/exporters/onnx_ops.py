@@ -74,6 +74,8 @@ OPS: dict[str, tuple[Any, int | None]] = {
             "InstanceNormalization": _ATEN.instance_norm.default,
             "RMSNormalization": _ATEN.rms_norm.default,
             "PRelu": _ATEN.prelu.default,
+            "ScatterND": _ATEN.copy.default,
+            "ScatterElements": _ATEN.copy.default,
         }.items()
     },
     **{
@@ -111,3 +113,6 @@ OPS: dict[str, tuple[Any, int | None]] = {
     },
 }
 """Op -> the ATen op, and how many of its inputs are data (None for all); the rest say how."""
+
+PLACES = {"ScatterND": 1, "ScatterElements": 1}
+"""Op -> the input among its data that only says where."""

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.exporters.cost_graph import Array, CostGraph, Counted, Manifest, Shape
-from cgmq_fx.exporters.onnx_ops import COMPUTE, OPS
+from cgmq_fx.exporters.onnx_ops import COMPUTE, OPS, PLACES
 from cgmq_fx.exporters.qonnx_reader import as_integers, is_qonnx
 
 MANIFEST = "cgmq_fx"
@@ -154,7 +154,9 @@ class _Reader:
 
     def _data_inputs(self, node: Any) -> list[str]:
         _, count = OPS.get(node.op_type, (None, None))
-        return [name for name in list(node.input)[:count] if name]
+        places = PLACES.get(node.op_type)
+        given = enumerate(list(node.input)[:count])
+        return [name for index, name in given if name and index != places]
 
     def _read(self, node: Any) -> None:
         name = node.output[0]
@@ -204,9 +206,16 @@ class _Reader:
                 return self.graph.call(aten.linear.default, (given[0], turned), shape, dtype)
             return self.graph.call(aten.matmul.default, tuple(given), shape, dtype)
         if node.op_type == "Gemm":
-            if options.get("transA", 0) or not options.get("transB", 0):
+            if options.get("transA", 0):
                 raise ArtifactError(f"{node.name} multiplies in an order that is not known")
-            return self.graph.call(aten.linear.default, tuple(given), shape, dtype)
+            if options.get("transB", 0):
+                return self.graph.call(aten.linear.default, tuple(given), shape, dtype)
+            turned = self._turned(inputs[1])
+            if turned is not None:
+                return self.graph.call(
+                    aten.linear.default, (given[0], turned, *given[2:]), shape, dtype
+                )
+            return self.graph.call(aten.addmm.default, (given[2], *given[:2]), shape, dtype)
         target = COMPUTE[node.op_type][len(shape) - 2]
         groups = int(options.get("group", 1))
         return self.graph.call(target, tuple(given), shape, dtype, groups=groups)

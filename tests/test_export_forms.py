@@ -1,0 +1,111 @@
+"""What real models are made of, as files: written, run, and counted as the model is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import cgmq_fx
+from tests.deploy_nets import assert_counted
+
+FORMATS = ["onnx", "pt2", "safetensors"]
+
+
+class Layers(nn.Module):
+    """Two layers, between which a subclass does something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def between(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.last(self.between(self.first(x))))
+
+
+class ClampsAPart(Layers):
+    """The parts have one grid, but other limits."""
+
+    def between(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return torch.cat([first, second.clamp(-1, 1)], -1)
+
+
+class NormsBehindTheActivation(Layers):
+    """Batch norm that cannot be folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def between(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.norm(torch.relu(x)))
+
+
+class WritesIntoASlice(Layers):
+    def between(self, x: Tensor) -> Tensor:
+        x[:, :2] *= 0.5
+        return x
+
+
+class Masks(Layers):
+    """Minus infinity where a token must not look."""
+
+    def between(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, 2, 4)
+        found = functional.scaled_dot_product_attention(rows, rows, rows, is_causal=True)
+        return found.reshape(-1, 8)
+
+
+class Cell(Layers):
+    """A step of a recurrent layer, from a state of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(8, 8)
+
+    def between(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.cell(x, x.new_zeros(x.shape[0], 8)))
+
+
+class ReturnsASize(Layers):
+    def forward(self, x: Tensor) -> tuple[int, Tensor]:  # type: ignore[override]
+        return x.shape[0], self.last(torch.relu(self.first(x)))
+
+
+NETS = [ClampsAPart, NormsBehindTheActivation, WritesIntoASlice, Masks, Cell, ReturnsASize]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("net", NETS)
+def test_it_is_written_run_and_counted(net: type[Layers], form: str, tmp_path: Path) -> None:
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    result = cgmq_fx.prepare(net().eval(), "bops <= 6%", torch.randn(4, 6)).finalize()
+    exported = result.export(tmp_path / f"net.{form}")
+    assert_counted(exported, result)
+    assert exported.agreement is not None
+    assert exported.agreement.largest <= 1.01
+
+
+def test_numbers_that_no_onnx_file_returns_are_said_shortly(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+
+    class Returns(Layers):
+        def forward(self, x: Tensor) -> dict[str, object]:  # type: ignore[override]
+            return {"logits": self.last(self.first(x)), "version": 3}
+
+    result = cgmq_fx.prepare(Returns(), "bops <= 6%", torch.randn(4, 6)).finalize()
+    with pytest.raises(cgmq_fx.ExportError, match=r"torch\.onnx cannot translate") as caught:
+        result.export(tmp_path / "net.onnx")
+    assert len(str(caught.value)) < 300
+    assert "\x1b" not in str(caught.value)
