@@ -48,7 +48,8 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         for name, value in (("steps", self.steps), ("minutes", self.minutes)):
-            if value is not None and not value > 0:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and value > 0):
                 raise OptionError(f"the {name} between checkpoints must be positive, not {value!r}")
 
 

@@ -81,7 +81,7 @@ class Costs:
         for row in self.rows:
             if row.name == name:
                 return row
-        raise KeyError(name)
+        raise KeyError(f"{name}; counted were {', '.join(row.name for row in self.rows)}")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""

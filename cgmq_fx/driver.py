@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ from cgmq_fx.training import (
 from cgmq_fx.turns import TURN
 
 DEFAULT_EPOCHS = 10
+_LOG = logging.getLogger(__name__)
 
 
 def quantize(
@@ -118,6 +121,9 @@ def quantize(
     where = deployment(target)
     chosen = where.scheme(scheme)
     parsed = parse_budget(budget, where.chip)
+    remarks = where.preset.remarks(parsed)
+    for text in remarks:
+        _LOG.warning(text)
     _check_callable(loss=loss, metric=metric, optimizer=optimizer)
     if train_data is None and loss is not None:
         raise DataError("a loss was given, but no train_data; pass it, or leave out loss=")
@@ -160,7 +166,8 @@ def quantize(
         run = Run(prepared, teacher, loss, metric, optimizer, steps, search, listeners, backend)
         if checkpoint is not None:
             run.resume(checkpoint, identity, (data, val_data))
-        return run.train(data, val_data, epochs)
+        result = run.train(data, val_data, epochs)
+        return replace(result, warnings=(*result.warnings, *remarks))
 
 
 def _check_options(

@@ -15,7 +15,15 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from cgmq_fx.cost_models import Target, load_target, target_names
+from cgmq_fx.cost_models import (
+    ActivationMemory,
+    Arena,
+    Budget,
+    Target,
+    WeightMemory,
+    load_target,
+    target_names,
+)
 from cgmq_fx.cost_models.errors import OptionError, UnknownTargetError, UnsupportedModelError
 from cgmq_fx.passes.capture import Captured
 from cgmq_fx.passes.infra import place
@@ -59,6 +67,7 @@ class Preset:
         rules: For some of them, what says why a node cannot be executed after all.
         trial: Tries a model that has other ops; what speaks against it, or None.
         channels_last: Whether what is deployed takes images with their channels last.
+        bytes_only: Whether it keeps every tensor in whole bytes when it runs.
     """
 
     name: str
@@ -71,6 +80,7 @@ class Preset:
     rules: tuple[tuple[str, Rule], ...] = ()
     trial: Trial | None = None
     channels_last: bool = False
+    bytes_only: bool = False
 
     def apply(self, given: Scheme | None) -> Scheme:
         """The scheme to train: what is given, and the preset's own where that is at its default.
@@ -88,6 +98,17 @@ class Preset:
         if self.widths:
             self._check(chosen)
         return chosen
+
+    def remarks(self, budget: Budget) -> tuple[str, ...]:
+        """What a budget does not say about memory there, if anything."""
+        memory = (WeightMemory, ActivationMemory, Arena)
+        named = [c.name for c in budget if isinstance(c.model, memory)] if self.bytes_only else []
+        if not named:
+            return ()
+        return (
+            f"{self.name} keeps weights and activations of fewer than 8 bits in bytes, but "
+            f"{' and '.join(named)} count them at their own bits: at run time they take more",
+        )
 
     def check_ops(self, captured: Captured) -> None:
         """Insist that the runtime executes every op of a model, before it is trained.
@@ -204,6 +225,7 @@ PRESETS = {
             _INTEGER,
             ops=ONNXRUNTIME,
             trial=_in_onnx,
+            bytes_only=True,
         ),
         Preset(
             "fpga",
@@ -222,6 +244,7 @@ PRESETS = {
             _INTEGER,
             ops=XNNPACK,
             rules=BYTE_RULES,
+            bytes_only=True,
         ),
         Preset(
             "litert",
@@ -231,6 +254,7 @@ PRESETS = {
             ops=LITERT,
             rules=BYTE_RULES,
             channels_last=True,
+            bytes_only=True,
         ),
         NONE,
     )

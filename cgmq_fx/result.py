@@ -33,7 +33,7 @@ class Result:
         history: What was recorded on the way.
         metrics: Measurements of `model` on the validation data, by name.
         warnings: What went wrong in training, though it came to an end: a loss that never fell, a
-            layer that is silent.
+            layer that is silent. And what bounds on memory do not say of the target.
     """
 
     model: GraphModule

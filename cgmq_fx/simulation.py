@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias
 
-from cgmq_fx.cost_models.errors import OptionError
+from cgmq_fx.cost_models.errors import DataError, OptionError
 from cgmq_fx.data import Signature, split_batch
+from cgmq_fx.judging import shapes_of
 from cgmq_fx.passes.integer import Rounding, Simulation, simulate_graph
 from cgmq_fx.passes.lower import lower
 from cgmq_fx.result import Result
@@ -38,4 +39,8 @@ def simulate(result: Result, inputs: Any, rounding: RoundingName = "float") -> S
     batch = split_batch(inputs, Signature.like(result.inputs, names), supervised=False)
     module = lower(result.model, result.inputs).cpu()
     own = batch.inputs.map(lambda t: t.detach().cpu())
-    return simulate_graph(module, own, Rounding(rounding))
+    try:
+        return simulate_graph(module, own, Rounding(rounding))
+    except (RuntimeError, TypeError, ValueError) as error:
+        given = shapes_of(own.tensors)
+        raise DataError(f"the model fails on inputs of {given}: {error}") from error

@@ -171,6 +171,8 @@ def _ordered(task: _Task, budgets: Iterable[BudgetLike]) -> tuple[list[Budget], 
 
     Each budget is known to be feasible, and the model to fit into a file.
     """
+    if isinstance(budgets, str) or not isinstance(budgets, Iterable):
+        raise OptionError(f"a sweep takes a list of budgets, not {budgets!r}")
     place = deployment(task.target)
     parsed = [parse_budget(budget, place.chip) for budget in budgets]
     if not parsed:

@@ -38,6 +38,8 @@ class Bound:
             raise BudgetError(f"a bound cannot refer to a cost of {self.reference:g}")
         if self.base not in (8, FLOAT_BITS):
             raise BudgetError(f"a bound is relative to 32 or 8 bits, not {self.base}")
+        if not isinstance(self.value, int | float):
+            raise BudgetError(f"a bound is a number, not {self.value!r}; text is read by a budget")
         if not isfinite(self.value) or self.value <= 0:
             raise BudgetError(
                 f"a bound must be a positive, finite number, not {self.value:g}; no model has a "

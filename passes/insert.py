@@ -137,10 +137,10 @@ def _spec(scheme: Scheme, places: list[_Place], batched: bool) -> QuantizerSpec:
     widths, granularity = scheme.bit_widths, scheme.activations
     if first.reader.op == "output" and scheme.output_bits is not None:
         widths, granularity = (scheme.output_bits,), "tensor"
-    elif first.op is None:
-        widths, granularity = scheme.link_widths, "tensor"
     elif first.node.op == "placeholder" and scheme.input_bits is not None:
         widths = (scheme.input_bits,)
+    elif first.op is None:
+        widths, granularity = scheme.link_widths, "tensor"
     channels = granularity == "channel" and first.op is not None
     axis = channel_axis(first.reader, first.op, first.node) if channels and first.op else None
     gates = gate_shape(granularity, shape, axis)

@@ -263,7 +263,9 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [NEWEST]
 
 
-@pytest.mark.parametrize("options", [{"steps": 0}, {"minutes": 0.0}, {"minutes": -1.0}])
+@pytest.mark.parametrize(
+    "options", [{"steps": 0}, {"minutes": -1.0}, {"steps": "a"}, {"steps": True}]
+)
 def test_intervals_are_positive(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="must be positive"):
         Checkpoint("folder", **options)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import cgmq_fx
 from cgmq_fx import PassError, Scheme, UnsupportedModelError
 from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.capture import ExampleInputs
@@ -331,6 +332,21 @@ def test_the_input_can_be_fixed(bits: int) -> None:
     found = quantizers(NETS["residual"].quantized(Scheme(input_bits=bits)))
     assert found["x"].spec.bit_widths == (bits,)
     assert found["relu_"].spec.bit_widths == DEFAULT_BIT_WIDTHS
+
+
+def test_an_input_that_is_only_added_can_be_fixed_too() -> None:
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return torch.relu(self.layer(x) + y)
+
+    inputs = (torch.rand(2, 4), torch.rand(2, 4))
+    found = cgmq_fx.prepare(Adds(), "bops <= 90%", inputs, scheme=Scheme(input_bits=8))
+    widths = {n: q.bit_widths for n, q in found.facts.quantizers.items()}
+    assert widths["x"] == widths["y"] == (8,)
 
 
 @pytest.mark.parametrize(

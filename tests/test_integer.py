@@ -152,3 +152,8 @@ def test_wrong_options_are_refused() -> None:
         simulate(deployed("mlp"), torch.rand(2, 16), "down")  # type: ignore[arg-type]
     with pytest.raises(DataError):
         simulate(deployed("mlp"), "text")
+
+
+def test_inputs_that_do_not_fit_are_an_error() -> None:
+    with pytest.raises(DataError, match="the model fails on inputs of"):
+        simulate(deployed("mlp", "tensor"), torch.rand(2, 5))

@@ -15,7 +15,7 @@ import cgmq_fx
 from benchmarks.op_nets import OPS, Between
 from cgmq_fx import PRESETS, OptionError, Preset, Scheme, TargetError, UnsupportedModelError
 from cgmq_fx.cli import main
-from cgmq_fx.cost_models import load_target, target_names
+from cgmq_fx.cost_models import load_target, parse_budget, target_names
 from cgmq_fx.exporters import exporters
 from cgmq_fx.exporters.onnx_file import Portable
 from cgmq_fx.passes.capture import Captured
@@ -168,6 +168,23 @@ def graph_of(model: nn.Module, inputs: torch.Tensor, name: str) -> Captured:
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "xnnpack", "litert"])
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("budget", ["weights <= 90%", "bops <= 9%, arena <= 90%", "bops <= 9%"])
+def test_bounds_on_memory_are_not_what_bytes_take(name: str, budget: str) -> None:
+    found = PRESETS[name].remarks(parse_budget(budget))
+    in_bytes = name in {"onnxruntime", "xnnpack", "litert"} and budget != "bops <= 9%"
+    assert len(found) == in_bytes
+    assert all("in bytes, but" in text for text in found)
+
+
+def test_what_a_bound_does_not_say_goes_with_the_result() -> None:
+    batches = [torch.rand(2, 4)]
+    result = cgmq_fx.quantize(
+        *(nn.Linear(4, 4), "weights <= 90%", batches), target="litert", epochs=0, progress=False
+    )
+    assert "litert keeps weights and activations" in result.warnings[-1]
+
+
 @pytest.mark.parametrize("net", ["lenet5", "mlp", "resnet20", "separable", "transformer"])
 def test_what_was_seen_to_export_is_taken(net: str, name: str) -> None:
     captured = graph_of(float_net(net), inputs_of(net, 2).args[0], name)

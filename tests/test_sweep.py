@@ -170,12 +170,14 @@ def test_a_folder_of_another_sweep_is_refused(changed: dict[str, Any], tmp_path:
     ("budgets", "options", "error", "text"),
     [
         ([], {}, OptionError, "a sweep needs budgets"),
+        ("bops <= 5%", {}, OptionError, "a sweep takes a list of budgets, not 'bops <= 5%'"),
+        (5, {}, OptionError, "a sweep takes a list of budgets, not 5"),
         (["bops <= 5%", "bops <= 0.01%"], {}, InfeasibleBudgetError, "cannot be met"),
         (BUDGETS, {"jobs": 0}, OptionError, "jobs must be a whole number"),
     ],
 )
 def test_mistakes_are_found_before_training(
-    budgets: list[str], options: Any, error: type[Exception], text: str, tmp_path: Path
+    budgets: Any, options: Any, error: type[Exception], text: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=text):
         run(tmp_path, budgets, **options)

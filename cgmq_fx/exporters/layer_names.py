@@ -52,6 +52,8 @@ def named(facts: GraphFacts, names: Sequence[LayerName]) -> GraphFacts:
     Raises:
         ArtifactError: If the file has other layers than its names say.
     """
+    if not names:
+        raise ArtifactError("its layers have no names: its own budget bounds no part of the model")
     nodes: list[NodeFacts] = list(facts.nodes)
     for multiplies in (True, False):
         places = [i for i, node in enumerate(nodes) if bool(node.macs) is multiplies]
