@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import cgmq_fx
+from cgmq_fx.exporters import exporters
+from cgmq_fx.passes.capture import ExampleInputs
 from tests.deploy_nets import assert_counted
 
 FORMATS = ["onnx", "pt2", "safetensors"]
@@ -95,6 +97,24 @@ def test_it_is_written_run_and_counted(net: type[Layers], form: str, tmp_path: P
     assert_counted(exported, result)
     assert exported.agreement is not None
     assert exported.agreement.largest <= 1.01
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_models_of_other_precision_are_deployed_in_float32(
+    dtype: torch.dtype, form: str, tmp_path: Path
+) -> None:
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model, x = ClampsAPart().eval().to(dtype), torch.randn(4, 6, dtype=dtype)
+    scheme = cgmq_fx.Scheme((8,), output_bits=8)
+    result = cgmq_fx.prepare(model, "bops <= 7%", x, scheme=scheme).finalize()
+    exported = result.export(tmp_path / f"net.{form}", samples=[x])
+    assert_counted(exported, result)
+    found = exporters()[exported.format].run(exported.path, [ExampleInputs((x.float(),))])[0][0]
+    torch.testing.assert_close(found, result.model(x).float(), rtol=0.05, atol=0.05)
 
 
 def test_numbers_that_no_onnx_file_returns_are_said_shortly(tmp_path: Path) -> None:

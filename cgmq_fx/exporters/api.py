@@ -13,7 +13,7 @@ from cgmq_fx.cost_models.errors import CgmqError, ExportError
 from cgmq_fx.data import Signature, calibration_batches
 from cgmq_fx.exporters.agreement import Agreement, compare, trial_batches
 from cgmq_fx.exporters.certificate import Certificate, certify, manifest_of
-from cgmq_fx.exporters.exporter import Exporter, Source, find_exporter
+from cgmq_fx.exporters.exporter import Exporter, Source, find_exporter, in_float32
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.result import Result
 
@@ -78,6 +78,7 @@ def export(
     path = Path(path)
     exporter = find_exporter(path, format)
     exporter.check_installed()
+    result = in_float32(result)
     source = Source(result, json.dumps(manifest_of(result).to_json(), separators=(",", ":")))
     try:
         with TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
@@ -117,6 +118,7 @@ def _given(source: Source, samples: Iterable[Any]) -> list[ExampleInputs]:
     names = tuple(str(n.target) for n in source.lowered.graph.find_nodes(op="placeholder"))
     signature = Signature.like(source.inputs, names)
     device = source.inputs.tensors[0].device
-    return calibration_batches(
+    found = calibration_batches(
         samples, signature, supervised=False, count=_SAMPLE_BATCHES, device=device
     )
+    return [batch.map(lambda t: t.float() if t.is_floating_point() else t) for batch in found]

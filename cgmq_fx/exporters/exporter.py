@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.fx.node import map_aggregate
 
 from cgmq_fx.cost_models import Budget, ConstraintState
 from cgmq_fx.cost_models.errors import ArtifactError, ExportError
@@ -31,6 +33,33 @@ _BUILT_IN = (
     "litert_file",
 )
 """Modules of this package that register formats."""
+
+
+def in_float32(result: Result) -> Result:
+    """A result whose numbers between the grids are float32, as runtimes have them.
+
+    Codes of 8 bits times a step are no numbers of float16 or bfloat16, so a model in one of these
+    is deployed as what it rounds.
+    """
+    wide = [t.dtype for t in result.model.state_dict().values() if _is_other_float(t.dtype)]
+    given = [t.dtype for t in result.inputs.tensors if _is_other_float(t.dtype)]
+    if not wide and not given:
+        return result
+    model = copy_graph(result.model).float()
+    for node in model.graph.nodes:
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _single)
+    model.recompile()
+    inputs = result.inputs.map(lambda t: t.float() if _is_other_float(t.dtype) else t)
+    return replace(result, model=model, inputs=inputs)
+
+
+def _is_other_float(value: Any) -> bool:
+    other = isinstance(value, torch.dtype) and value.is_floating_point
+    return other and value is not torch.float32
+
+
+def _single(value: Any) -> Any:
+    return torch.float32 if _is_other_float(value) else value
 
 
 @dataclass(frozen=True)
