@@ -75,7 +75,7 @@ def test_onnxruntime_computes_it_on_integer_kernels(
     agreement = compare(
         lower(result.model, result.inputs), exporters()["onnx"].run(path, inputs), inputs
     )
-    assert agreement.largest <= 1.0, agreement
+    assert agreement.largest <= 1.01, agreement
     assert agreement.argmax == 1.0
 
 

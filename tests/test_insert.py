@@ -338,10 +338,11 @@ def test_an_input_that_is_only_added_can_be_fixed_too() -> None:
     class Adds(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = nn.Linear(4, 4)
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
 
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return torch.relu(self.layer(x) + y)
+            z: Tensor = self.last(torch.relu(self.first(x) + y))
+            return z
 
     inputs = (torch.rand(2, 4), torch.rand(2, 4))
     found = cgmq_fx.prepare(Adds(), "bops <= 90%", inputs, scheme=Scheme(input_bits=8))

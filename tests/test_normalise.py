@@ -107,7 +107,6 @@ def test_batch_norm_is_folded_where_it_can_be(layers: Layers) -> None:
     [
         (OutputReadTwice, tensors((3, 5, 5))),
         (WeightShared, tensors((3, 5, 5))),
-        (WeightComputed, tensors((3, 5, 5))),
         (norm_first, tensors((3, 5, 5))),
         (batch_statistics, tensors((3, 5, 5))),
         (NETS["token_norm"].make, NETS["token_norm"].inputs),
@@ -117,6 +116,10 @@ def test_batch_norm_stays_where_it_cannot_be_folded(
     make: Callable[[], nn.Module], inputs: Callable[[int], ExampleInputs]
 ) -> None:
     assert ops(check(Net("", make, inputs))).count("batch_norm") == 1
+
+
+def test_batch_norm_is_folded_into_a_weight_that_is_computed() -> None:
+    assert ops(check(Net("", WeightComputed, tensors((3, 5, 5))))) == ["conv2d"]
 
 
 class InPlace(nn.Module):

@@ -234,13 +234,13 @@ CLAUSES = st.builds(
 TEXTS = st.one_of(st.text(), st.lists(CLAUSES, max_size=3).map(", ".join))
 
 
-@settings(deadline=None)
 @pytest.mark.parametrize("value", ["1%", None, [1]])
 def test_a_bound_is_a_number(value: Any) -> None:
     with pytest.raises(BudgetError, match="a bound is a number"):
         Bound(value)
 
 
+@settings(deadline=None)
 @given(TEXTS)
 def test_no_text_raises_anything_but_a_budget_error(text: str) -> None:
     with suppress(BudgetError):

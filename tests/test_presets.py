@@ -167,8 +167,7 @@ def graph_of(model: nn.Module, inputs: torch.Tensor, name: str) -> Captured:
     return captured
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "xnnpack", "litert"])
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", list(PRESETS))
 @pytest.mark.parametrize("budget", ["weights <= 90%", "bops <= 9%, arena <= 90%", "bops <= 9%"])
 def test_bounds_on_memory_are_not_what_bytes_take(name: str, budget: str) -> None:
     found = PRESETS[name].remarks(parse_budget(budget))
@@ -185,6 +184,7 @@ def test_what_a_bound_does_not_say_goes_with_the_result() -> None:
     assert "litert keeps weights and activations" in result.warnings[-1]
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "xnnpack", "litert"])
 @pytest.mark.parametrize("net", ["lenet5", "mlp", "resnet20", "separable", "transformer"])
 def test_what_was_seen_to_export_is_taken(net: str, name: str) -> None:
     captured = graph_of(float_net(net), inputs_of(net, 2).args[0], name)
