@@ -44,7 +44,10 @@ def judged(name: str, function: Loss | Metric, output: Any, target: Any) -> Tens
             f"{shapes_of(output)}, the target {shapes_of(target)}"
         ) from error
     if not isinstance(value, Tensor | float | int) or torch.as_tensor(value).numel() != 1:
-        raise DataError(f"{name}(output, target) must return one number, not {shapes_of(value)}")
+        kind = "" if isinstance(value, Tensor | float | int) else f" (a {type(value).__name__})"
+        raise DataError(
+            f"{name}(output, target) must return one number, not {shapes_of(value)}{kind}"
+        )
     return value
 
 
