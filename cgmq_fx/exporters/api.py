@@ -86,8 +86,9 @@ def export(
             exporter.write(source, temporary)
             agreement = _verified(exporter, source, temporary, samples) if verify else None
             certificate = certify(exporter, result, temporary, agreement)
+            beside = certificate.write(temporary)
             temporary.replace(path)
-            certificate.write(path)
+            beside.replace(path.with_name(beside.name))
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error}") from error
     return Exported(path, exporter.name, certificate)
