@@ -51,8 +51,14 @@ def name_of(function: Callable[..., Any] | None) -> str | None:
 
 def _code(code: CodeType) -> str:
     """A short digest of what code does: its instructions, names and constants."""
-    constants = [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    constants = [_constant(c) for c in code.co_consts]
     return _short(repr([code.co_code, code.co_names, constants]).encode())
+
+
+def _constant(value: Any) -> str:
+    if isinstance(value, CodeType):
+        return _code(value)
+    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
 
 
 def optimizer_identity(optimizer: Optimizer) -> dict[str, Any]:

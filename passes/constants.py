@@ -64,14 +64,14 @@ def _is_computed(module: GraphModule, node: Node, region: set[Node]) -> bool:
     calls = [n for n in region if n.op == "call_function"]
     if len(calls) + len(leaves) < len(region) or not isinstance(node.meta.get("val"), Tensor):
         return False
-    if all(n.target in GRID_PRESERVING for n in calls) or not all(map(_is_pure, calls)):
+    if all(n.target in GRID_PRESERVING for n in calls) or not all(map(_is_pure, region)):
         return False
     products = any(compute_op(n) is not None for n in calls)
     return products or any(compute_op(user) is not None for user in node.users)
 
 
 def _is_pure(node: Node) -> bool:
-    """Whether a call gives the same whenever it is made, and nobody writes into what it gives."""
+    """Whether a node gives the same whenever it is run, and nobody writes into what it gives."""
     tags = getattr(node.target, "tags", ())
     if torch.Tag.nondeterministic_seeded in tags:
         return False

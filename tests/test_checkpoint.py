@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +33,7 @@ from cgmq_fx import (
 )
 from cgmq_fx.checkpoint import NEWEST, PREVIOUS, CheckpointStore
 from cgmq_fx.history import StepRecord
+from cgmq_fx.identity import name_of
 from cgmq_fx.packing import pack, unpack
 
 EPOCHS, BATCHES = 3, 4
@@ -343,3 +346,23 @@ def test_what_cannot_be_packed_is_named(value: Any) -> None:
 def test_what_is_not_packed_is_refused(data: Any) -> None:
     with pytest.raises(CheckpointError, match="damaged"):
         unpack(data, {})
+
+
+def test_functions_without_a_name_are_known_by_their_code() -> None:
+    functions: list[Any] = [lambda a, b: a + b, lambda a, b: a - b, lambda a, b: a + 2 * b]
+    assert len({name_of(function) for function in functions}) == 3
+    source = (
+        "from cgmq_fx.identity import name_of; "
+        "print(name_of(lambda a: (lambda b: b)(a in {'mean', 'sum', 'none'})))"
+    )
+    names = [
+        subprocess.run(
+            [sys.executable, "-c", source],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    ]
+    assert len(set(names)) == 1

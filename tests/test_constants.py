@@ -102,6 +102,24 @@ def test_views_and_what_is_no_weight_stay() -> None:
     assert sorted(n for n, _ in module.named_parameters()) == ["layer.weight", "scale"]
 
 
+def test_what_changes_from_call_to_call_stays() -> None:
+    class Scaled(nn.Module):
+        calls: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)
+            return nn.functional.linear(x, self.layer.weight * self.calls, self.layer.bias)
+
+    module, x = float_graph(Scaled(), ExampleInputs((torch.randn(5, 6),))).module, torch.ones(5, 6)
+    first, second = module(x), module(x)
+    assert not torch.equal(first, second)
+
+
 def test_frozen_parts_give_a_frozen_weight() -> None:
     model = Factors().eval()
     model.first.requires_grad_(False)
