@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import DataError
@@ -173,13 +174,29 @@ def check_constants(inputs: ExampleInputs, expected: ExampleInputs) -> None:
     """
     found, captured = _constants(inputs), _constants(expected)
     for name, value in captured.items():
-        if name not in found or found[name] != value:
-            given = repr(found[name]) if name in found else "nothing"
+        if found.get(name, value) != value:
             raise DataError(
-                f"the model was captured with {name} = {value!r}, and a batch has {given}: what is "
-                "no tensor stands in the graph, so all batches need the same; quantize a model for "
-                "each value"
+                f"the model was captured with {name} = {value!r}, and is given {found[name]!r}: "
+                "what is no tensor stands in the graph, so that it is the same for all inputs; "
+                "quantize a model for each value"
             )
+
+
+def keep_constants(model: GraphModule, expected: ExampleInputs) -> None:
+    """Let a model refuse numbers, flags and texts that it was not captured with."""
+    known = any(isinstance(h, _Constants) for h in model._forward_pre_hooks.values())
+    if _constants(expected) and not known:
+        model.register_forward_pre_hook(_Constants(expected), with_kwargs=True)
+
+
+@dataclass(frozen=True)
+class _Constants:
+    """A hook that looks at what a model is called with."""
+
+    expected: ExampleInputs
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        check_constants(ExampleInputs(args, kwargs), self.expected)
 
 
 def _constants(inputs: ExampleInputs) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch.fx import GraphModule
 
 from cgmq_fx.cost_models import Budget
+from cgmq_fx.data import keep_constants
 from cgmq_fx.history import History
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.verify import CostReport
@@ -43,6 +44,9 @@ class Result:
     history: History = field(default_factory=History)
     metrics: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        keep_constants(self.model, self.inputs)
 
     def save(self, path: str | Path) -> Path:
         """Write the model, its budget and its history to one safetensors file.

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -177,7 +179,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 MISTAKES |= {
-    "another flag": (flags, cgmq_fx.DataError, "captured with twice = False, and a batch has True"),
+    "another flag": (flags, cgmq_fx.DataError, "captured with twice = False, and is given True"),
     "no values": (on_meta, cgmq_fx.CaptureError, "0.weight has no values"),
     "one tensor": (
         lambda: quantize(data=torch.rand(8, 1, 8, 8)),
@@ -275,3 +277,17 @@ def test_the_whole_models_cost_is_not_that_of_a_part() -> None:
     assert ("bops" in cost, "macs" in cost, len(list(cost))) == (True, False, 2)
     with pytest.raises(KeyError, match=r"macs; the budget bounds bops\[4\], bops"):
         cost["macs"]
+
+
+def test_a_model_refuses_other_flags_than_it_was_captured_with(tmp_path: Path) -> None:
+    inputs = {"x": torch.rand(4, 4), "twice": True}
+    result = cgmq_fx.prepare(Doubling(), "bops <= 50%", inputs).finalize()
+    x = torch.rand(3, 4)
+    loaded = cgmq_fx.load(result.save(tmp_path / "net.safetensors"))
+    for model in (result.model, loaded.model):
+        assert torch.equal(model(x=x, twice=True), result.model(x=x, twice=True))
+        with pytest.raises(cgmq_fx.DataError, match="captured with twice = True, and is given F"):
+            model(x=x, twice=False)
+    onnx = find_spec("onnxscript") and find_spec("onnxruntime")
+    for suffix in ("pt2", "safetensors", *(["onnx"] if onnx else [])):
+        assert result.export(tmp_path / f"out.{suffix}").agreement is not None

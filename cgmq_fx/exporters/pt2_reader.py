@@ -148,6 +148,8 @@ def _graph(program: Mapping[str, Any], files: _Files) -> tuple[GraphModule, dict
         program["graph"]["inputs"], program["signature"]["input_specs"], strict=True
     ):
         ((kind, entry),) = spec.items()
+        if kind == "constant_input":
+            continue  # its value stands in the graph
         name = put["as_tensor"]["name"] if "as_tensor" in put else None
         if kind == "user_input" and name is not None:
             rows.append(_row("placeholder", name, name))
