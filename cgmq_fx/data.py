@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -229,9 +230,24 @@ def first_batch(data: Iterable[Any], name: str) -> Any:
         )
     if not isinstance(data, Iterable):
         raise DataError(f"{name} must be an iterable of batches, not a {type(data).__name__}")
-    for batch in data:
+    for batch in _guarded(data, name):
         return batch
     raise DataError(f"{name} is empty: it has no batches")
+
+
+def _guarded(data: Iterable[Any], name: str) -> Iterator[Any]:
+    """Batches; what their source raises is an error that says where."""
+    done = 0
+    try:
+        for batch in data:
+            yield batch
+            done += 1
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{name} failed at batch {done + 1}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def batch_count(data: Iterable[Any]) -> int:
@@ -239,7 +255,7 @@ def batch_count(data: Iterable[Any]) -> int:
     try:
         return len(data)  # type: ignore[arg-type]
     except TypeError:
-        return sum(1 for _ in data)
+        return sum(1 for _ in _guarded(data, "the data"))
 
 
 def example_inputs_of(
@@ -348,19 +364,5 @@ def calibration_batches(
     Raises:
         DataError: If the data cannot be iterated, or a batch does not fit the model.
     """
-    found = []
-    batches = iter(data)
-    for number in range(1, count + 1):
-        try:
-            raw = next(batches)
-        except StopIteration:
-            break
-        except MemoryError:
-            raise
-        except Exception as error:
-            raise DataError(
-                f"the data failed at batch {number}, in calibration: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        found.append(split_batch(raw, signature, supervised).inputs.to(device))
-    return found
+    batches = islice(_guarded(data, "the data"), count)
+    return [split_batch(raw, signature, supervised).inputs.to(device) for raw in batches]

@@ -75,8 +75,11 @@ def on_meta() -> Any:
 class Ending(Dataset[Any]):
     """A disk that goes away."""
 
+    def __init__(self, first: int) -> None:
+        self.first = first
+
     def __getitem__(self, index: int) -> Any:
-        if index == 1:
+        if index >= self.first:
             raise OSError("disk gone")
         return batches()[0]
 
@@ -186,10 +189,15 @@ MISTAKES |= {
         cgmq_fx.DataError,
         r"the data is a tensor of shape \(8, 1, 8, 8\), whose rows",
     ),
-    "data that ends": (
-        lambda: quantize(data=DataLoader(Ending(), batch_size=None)),
+    "data that never begins": (
+        lambda: quantize(data=DataLoader(Ending(0), batch_size=None)),
         cgmq_fx.DataError,
-        "the data failed at batch 2, in calibration: OSError: disk gone",
+        "the data failed at batch 1: OSError: disk gone",
+    ),
+    "data that ends": (
+        lambda: quantize(data=DataLoader(Ending(1), batch_size=None)),
+        cgmq_fx.DataError,
+        "the data failed at batch 2: OSError: disk gone",
     ),
     **{
         f"{name}: {message}": (partial(quantize, **{name: value}), cgmq_fx.OptionError, message)
