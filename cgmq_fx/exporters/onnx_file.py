@@ -229,7 +229,7 @@ class Portable(QdqFile):
 class Signed(QdqFile):
     """8-bit containers, all weights signed: what onnxruntime has its fastest kernels for.
 
-    Products of 8 by 8 bits are exact where processors add them in 32 bits: x86 with VNNI, Arm.
+    Products of 8 by 8 bits are exact where processors add them in 32 bits, as x86 does with VNNI.
     Elsewhere sums saturate; verification finds that only on such a processor.
     """
 
