@@ -25,6 +25,7 @@ from cgmq_fx.cost_models import (
     target_names,
 )
 from cgmq_fx.cost_models.errors import OptionError, UnknownTargetError, UnsupportedModelError
+from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.capture import Captured
 from cgmq_fx.passes.infra import place
 from cgmq_fx.passes.opaque import OpaqueCall
@@ -94,6 +95,8 @@ class Preset:
             for field in fields(Scheme)
             if getattr(chosen, field.name) == getattr(_DEFAULTS, field.name)
         }
+        if "bit_widths" not in own or chosen.weights == "element":  # whose grids have to nest
+            own.pop("weight_widths", None)
         chosen = replace(chosen, **own)
         if self.widths:
             self._check(chosen)
@@ -167,7 +170,8 @@ class Preset:
     def _check(self, scheme: Scheme) -> None:
         ends = [bits for bits in (scheme.input_bits, scheme.output_bits) if bits is not None]
         layers = [bits for _, widths in scheme.layer_widths for bits in widths]
-        wide = sorted({*scheme.bit_widths, *layers, *ends} - {*self.widths})
+        weights = scheme.widths_of(Role.WEIGHT)
+        wide = sorted({*scheme.bit_widths, *weights, *layers, *ends} - {*self.widths})
         if wide:
             listed = ", ".join(map(str, wide))
             raise self._refused(f"{listed} bits", f"{self.widths[0]} to {self.widths[-1]} bits")
@@ -180,9 +184,10 @@ class Preset:
             if getattr(scheme, name) != value:
                 raise self._refused(f"{name}={getattr(scheme, name)!r}", f"{name}={value!r}")
         shared = scheme.weights == "element" or scheme.weight_ranges == "tensor" != scheme.weights
-        if shared and not scheme.power_of_two and not _nest(scheme.bit_widths):
+        if shared and not scheme.power_of_two and not _nest(weights):
+            name = "bit_widths" if scheme.weight_widths is None else "weight_widths"
             raise self._refused(
-                f"bit_widths={scheme.bit_widths} within one range",
+                f"{name}={weights} within one range",
                 "widths that divide each other there, such as (2, 4, 8), or power_of_two=True",
             )
 
@@ -212,6 +217,8 @@ def _in_onnx(captured: Captured) -> str | None:
 
 _INTEGER = Scheme(bit_widths=(2, 4, 8), output_bits=8)
 _SHIFTS = replace(_INTEGER, weight_ranges="tensor", power_of_two=True)
+_FAST = replace(_INTEGER, weight_widths=(2, 4, 7))
+"""ONNX Runtime: on x86, products of 8 by 8 bits are exact on its slow kernels only."""
 
 NONE = Preset("none", "No runtime in mind: everything may be used.", (), _DEFAULTS, ())
 
@@ -220,9 +227,9 @@ PRESETS = {
     for preset in (
         Preset(
             "onnxruntime",
-            "ONNX Runtime on its integer kernels: 8-bit tensors, weights per channel.",
+            "ONNX Runtime on its fast integer kernels: weights of at most 7 bits, the rest of 8.",
             ("onnx",),
-            _INTEGER,
+            _FAST,
             ops=ONNXRUNTIME,
             trial=_in_onnx,
             bytes_only=True,
@@ -283,9 +290,14 @@ class Deployment:
             OptionError: If the scheme and the preset contradict each other.
         """
         chosen = self.preset.apply(given)
-        if self.chip is None or (given or _DEFAULTS).bit_widths != _DEFAULTS.bit_widths:
+        named = given or _DEFAULTS
+        if self.chip is None or named.bit_widths != _DEFAULTS.bit_widths:
             return chosen
-        return replace(chosen, bit_widths=_fitting(chosen.bit_widths, self.chip.widest))
+        weights = chosen.weight_widths
+        if named.weight_widths is None and weights is not None:
+            weights = _fitting(weights, self.chip.widest)
+        widths = _fitting(chosen.bit_widths, self.chip.widest)
+        return replace(chosen, bit_widths=widths, weight_widths=weights)
 
 
 def _fitting(widths: tuple[int, ...], widest: int) -> tuple[int, ...]:

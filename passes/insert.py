@@ -226,7 +226,8 @@ class InsertQuantizers(Pass):
         selection = Selection(self.scheme, module.graph)
         wanted = _wanted(module, reachable_from_inputs(module.graph), selection)
         for group in _shared(module, wanted):
-            scheme = selection.scheme_of(p.reader for node in group for p in wanted[node])
+            places = [p for node in group for p in wanted[node]]
+            scheme = selection.scheme_of((p.reader for p in places), places[0].role)
             specs = [_spec(scheme, wanted[node], self.batched) for node in group]
             spec = replace(specs[0], signed=any(spec.signed for spec in specs))
             for node, own in zip(group, specs, strict=True):
@@ -249,7 +250,8 @@ class InsertQuantizers(Pass):
             if where.reader.op != "output" and selection.skips(where.reader):
                 continue
             if quantizer_of(module, node) is None and not _is_quantized(module, node):
-                spec = _spec(selection.scheme_of([where.reader]), [where], self.batched)
+                scheme = selection.scheme_of([where.reader], where.role)
+                spec = _spec(scheme, [where], self.batched)
                 _insert(module, node, _make(module, node, spec), selection)
 
     def check(self, module: GraphModule) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from cgmq_fx.cost_models.errors import OptionError
+from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.grid import DEFAULT_BIT_WIDTHS, allowed_bit_width
 
 Granularity: TypeAlias = Literal["tensor", "channel", "element"]
@@ -46,6 +47,8 @@ class Scheme:
         only: If any, the only layers that are quantized; one pattern or several.
         layers: Bit-widths of their own for some layers, as `{"head": 8, "encoder.*": (4, 8)}`;
             where several patterns match, the last counts.
+        weight_widths: The bit-widths of weights, where they differ from those of other tensors;
+            `layers` takes precedence.
 
     Raises:
         OptionError: If a bit-width cannot be used, or a granularity makes no sense.
@@ -61,10 +64,13 @@ class Scheme:
     skip: Patterns = ()
     only: Patterns = ()
     layers: LayerWidths = ()
+    weight_widths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         ends = [bits for bits in (self.input_bits, self.output_bits) if bits is not None]
         _check_widths("bit_widths", self.bit_widths)
+        if self.weight_widths is not None:
+            _check_widths("weight_widths", self.weight_widths)
         for bits in ends:
             _check_widths("input_bits and output_bits", (bits,))
         object.__setattr__(self, "skip", self.skipped)
@@ -89,6 +95,11 @@ class Scheme:
     def layer_widths(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """The patterns of `layers` with their bit-widths."""
         return _layers(self.layers)
+
+    def widths_of(self, role: Role) -> tuple[int, ...]:
+        """The bit-widths of weights, or of other tensors."""
+        own = self.weight_widths if role is Role.WEIGHT else None
+        return self.bit_widths if own is None else own
 
     @property
     def link_widths(self) -> tuple[int, ...]:

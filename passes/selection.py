@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch.fx import Graph, Node
 
 from cgmq_fx.cost_models.errors import OptionError
+from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.infra import module_path
 from cgmq_fx.passes.oplists import AVERAGES, BINARY
 from cgmq_fx.passes.optable import compute_op
@@ -63,29 +64,34 @@ class Selection:
         only = self._scheme.chosen
         return bool(only) and not any(matches(pattern, node) for pattern in only)
 
-    def scheme_of(self, nodes: Iterable[Node]) -> Scheme:
+    def scheme_of(self, nodes: Iterable[Node], role: Role) -> Scheme:
         """The scheme of a tensor that `nodes` read: the bit-widths that all of them allow.
+
+        Args:
+            nodes: The nodes.
+            role: Whether the tensor is a weight.
 
         Raises:
             OptionError: If they have no bit-width in common.
         """
         own = {node: self._scheme_of_one(node) for node in nodes}
         first = next(iter(own.values()))
-        common = [b for b in first.bit_widths if all(b in s.bit_widths for s in own.values())]
+        widths = {node: scheme.widths_of(role) for node, scheme in own.items()}
+        common = [b for b in first.widths_of(role) if all(b in w for w in widths.values())]
         if not common:
             asked = ", ".join(
-                f"{module_path(n) or n.name} {s.bit_widths}" for n, s in list(own.items())[:4]
+                f"{module_path(n) or n.name} {w}" for n, w in list(widths.items())[:4]
             )
             raise OptionError(
                 f"layers that read the same tensor have no bit-width in common: {asked}"
             )
-        return replace(first, bit_widths=tuple(common))
+        return replace(first, bit_widths=tuple(common), weight_widths=None)
 
     def _scheme_of_one(self, node: Node) -> Scheme:
         scheme = self._scheme
         for pattern, widths in scheme.layer_widths:
             if matches(pattern, node):
-                scheme = replace(scheme, bit_widths=widths)
+                scheme = replace(scheme, bit_widths=widths, weight_widths=None)
         return scheme
 
 

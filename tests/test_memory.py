@@ -21,7 +21,7 @@ from cgmq_fx.cost_models import (
     parse_budget,
     uniform_bits,
 )
-from cgmq_fx.cost_models.memory import plan_arena
+from cgmq_fx.cost_models.memory import Layout, layouts, live_bytes, plan_arena
 from cgmq_fx.passes.scheme import Scheme
 from tests.cost_helpers import WIDTHS, bits, cost, quantized
 from tests.nets import NETS
@@ -102,6 +102,78 @@ def test_an_arena_can_need_more_than_the_peak() -> None:
 def test_what_dominates_is_what_is_alive_at_the_worst_step(model: ActivationMemory | Arena) -> None:
     assignment = graph_bits(RESIDUAL, uniform_bits(RESIDUAL, 8))
     assert model.parts(RESIDUAL, assignment) == {"t0": 40, "t1": 80, "t2": 40}
+
+
+# Bytes at 8 bits, first and last step; what is alive at the worst step fills the whole arena.
+PACKED = {
+    "largest first": ([(5, 4, 7), (6, 1, 2), (3, 2, 4), (8, 3, 3)], 3 + 8),
+    "earliest first": ([(8, 1, 2), (9, 4, 6), (3, 0, 2), (6, 2, 4)], 8 + 3 + 6),
+    "longest first": ([(9, 0, 1), (4, 1, 4), (8, 3, 3), (4, 3, 6)], 4 + 8 + 4),
+    "largest in time and space first": ([(5, 3, 3), (6, 1, 3), (3, 2, 5), (7, 1, 1)], 5 + 6 + 3),
+    "latest last use first": ([(2, 4, 6), (7, 2, 5), (9, 0, 3), (8, 4, 7)], 2 + 7 + 8),
+}
+
+
+@pytest.mark.parametrize(("rows", "peak"), PACKED.values(), ids=PACKED)
+def test_packings_that_one_order_alone_finds(rows: list[tuple[int, int, int]], peak: int) -> None:
+    graph = facts(*((*row, "x") for row in rows))
+    assert cost(ActivationMemory(), graph, {"x": bits(8)}) == peak
+    assert cost(Arena(), graph, {"x": bits(8)}) == peak
+
+
+LAYOUTS: list[tuple[list[Row], tuple[Layout, ...]]] = [
+    ([], ((),)),
+    ([(4, 0, 0, "x")], (((0, ()),),)),
+    # what is never alive at once lies on the same ground
+    ([(4, 0, 0, "x"), (4, 1, 1, "x")], (((0, ()), (1, ())),)),
+    # the larger one, or the earlier one, is placed first
+    (
+        [(4, 0, 1, "x"), (8, 1, 1, "x")],
+        (((1, ()), (0, (1,))), ((0, ()), (1, (0,)))),
+    ),
+    # float counts as 8 bits here, so that it may become so; 64 bits are as they are
+    ([(4, 0, 0, None), (3, 0, 0, "x")], (((0, ()), (1, (0,))),)),
+]
+
+
+@pytest.mark.parametrize(("rows", "expected"), LAYOUTS)
+def test_which_tensor_lies_on_which(rows: list[Row], expected: tuple[Layout, ...]) -> None:
+    assert layouts(facts(*rows).tensors) == expected
+
+
+def test_a_wide_type_is_packed_as_wide_as_it_is() -> None:
+    """One element of 64 bits and three of 8, by the order of their sizes 8 and 3."""
+    wide = TensorFacts("wide", 1, 0, 0, None, 64)
+    narrow = TensorFacts("narrow", 3, 0, 1, "x")
+    plan = plan_arena((narrow, wide), np.array([3, 8]), layouts((narrow, wide))[:1])
+    assert [(a.name, a.offset) for a in plan.allocations] == [("narrow", 0), ("wide", 3)]
+    assert plan.size == 11
+
+
+def test_bytes_alive_in_every_step() -> None:
+    found = live_bytes(RESIDUAL.tensors, np.array([1, 10, 100, 1000]))
+    assert found.tolist() == [1, 11, 111, 1101]
+    assert live_bytes((), np.array([], dtype=np.int64)).tolist() == [0]
+
+
+def test_the_best_layout_is_taken_for_the_sizes_at_hand() -> None:
+    tensors = facts((4, 0, 0, "x"), (4, 0, 1, "x"), (4, 1, 1, "x")).tensors
+    choices: list[Layout] = [
+        ((0, ()), (1, (0,)), (2, (1,))),  # all three on top of each other
+        ((1, ()), (0, (1,)), (2, (1,))),
+        ((0, ()), (2, ()), (1, (0, 2))),
+    ]
+    plan = plan_arena(tensors, np.array([1, 2, 3]), choices)
+    assert plan.size == 5
+    assert [a.offset for a in plan.allocations] == [2, 0, 2]
+
+
+def test_an_arena_plans_one_graph_after_the_other() -> None:
+    model = Arena()
+    for graph, size in ((CHAIN, 200), (PING_PONG, 20), (CHAIN, 200)):
+        assignment = graph_bits(graph, dict.fromkeys("xa", bits(8)) | {"a": bits(4)})
+        assert model.graph_cost(graph, assignment) == size
+        assert len(model.plan(graph, assignment).allocations) == len(graph.tensors)
 
 
 NET_PEAKS = {

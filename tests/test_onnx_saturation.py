@@ -4,11 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import rand
 
+import cgmq_fx
 from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.exporters.onnx_reader import read_onnx
 from cgmq_fx.exporters.onnx_saturation import can_saturate
 from tests.deploy_nets import assert_counted, assert_runs, deployed, inputs_of
+from tests.nets import small_classifier
 
 onnx = pytest.importorskip("onnx")
 
@@ -64,6 +67,17 @@ def test_small_activations_leave_large_weights_signed(tmp_path: Path) -> None:
             assert (weight.dtype == np.uint8) is can_saturate(signed, 0, int(largest))
             seen.add(weight.dtype.name)
     assert seen == {"int8", "uint8"}
+
+
+def test_slower_kernels_are_told_of(tmp_path: Path) -> None:
+    wide = deployed("mlp", "w8")
+    exported = wide.export(tmp_path / "wide.onnx")
+    (remark,) = exported.remarks
+    assert remark.startswith("3 weights of 8 bits meet 8-bit activations and are unsigned")
+    assert str(exported).endswith(remark)
+    assert wide.export(tmp_path / "wide.onnx", "onnx-signed", verify=False).remarks == ()
+    fast = cgmq_fx.prepare(small_classifier(), "bops <= 100%", rand(4, 3), target="onnxruntime")
+    assert fast.finalize().export(tmp_path / "fast.onnx").remarks == ()
 
 
 def adds_in_32_bits() -> bool:

@@ -25,6 +25,7 @@ from cgmq_fx.presets import NONE, deployment, float_op
 from tests.deploy_nets import float_net, inputs_of
 from tests.nets import quantizers, small_classifier
 from tests.test_opaque import Block, Outlier
+from tests.test_target import target_of
 
 RUNTIMES = [name for name in PRESETS if name != "none"]
 
@@ -62,9 +63,9 @@ def test_none_changes_nothing() -> None:
 
 # What the user names is kept, what is left at its default follows the preset.
 KEPT: list[tuple[str, dict[str, Any]]] = [
-    ("onnxruntime", {"bit_widths": (2, 3, 8)}),
+    ("onnxruntime", {"bit_widths": (2, 3, 8), "weight_widths": (2, 4)}),
     ("onnxruntime", {"weights": "channel", "input_bits": 8}),
-    ("onnxruntime", {"weights": "element"}),
+    ("onnxruntime", {"weight_widths": (5, 8)}),
     ("xnnpack", {"weight_ranges": "tensor", "power_of_two": True}),
     ("xnnpack", {"weights": "element", "bit_widths": (2, 3, 8), "power_of_two": True}),
     ("litert", {"bit_widths": (8,), "output_bits": 4}),
@@ -77,12 +78,20 @@ def test_an_option_that_the_runtime_executes_is_kept(name: str, options: dict[st
     assert PRESETS[name].apply(Scheme(**options)) == replace(PRESETS[name].scheme, **options)
 
 
+@pytest.mark.parametrize("options", [{"bit_widths": (2, 8)}, {"weights": "element"}])
+def test_weights_have_the_widths_that_are_named_or_that_nest(options: dict[str, Any]) -> None:
+    expected = replace(PRESETS["onnxruntime"].scheme, weight_widths=None, **options)
+    assert PRESETS["onnxruntime"].apply(Scheme(**options)) == expected
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("onnxruntime", {"bit_widths": (2, 8, 16)}, "execute 16 bits; it takes 2 to 8 bits"),
     ("xnnpack", {"bit_widths": (8, 32)}, "execute 32 bits"),
     ("litert", {"bit_widths": (0, 8)}, "execute 0 bits"),
     ("fpga", {"input_bits": 32}, "execute 32 bits"),
     ("xnnpack", {"output_bits": 16}, "execute 16 bits"),
+    ("litert", {"weight_widths": (4, 16)}, "execute 16 bits"),
+    ("litert", {"weights": "element", "weight_widths": (3, 8)}, r"weight_widths=\(3, 8\) within"),
     ("onnxruntime", {"activations": "channel"}, "activations='channel'; .* activations='tensor'"),
     ("fpga", {"weights": "channel"}, r"weights='channel'; it takes weights of \('tensor',\)"),
     ("litert", {"weights": "element", "bit_widths": (3, 8)}, r"\(3, 8\) within one range"),
@@ -239,6 +248,12 @@ def test_no_target(target: Any, error: type[Exception], message: str) -> None:
 def test_a_chip_takes_away_what_it_would_split() -> None:
     assert deployment("cortex-m7").scheme(None).bit_widths == (2, 4, 8)
     assert deployment("cortex-m7").scheme(Scheme((2, 16))).bit_widths == (2, 16)
+    found = deployment(("onnxruntime", "cortex-m7")).scheme(None)
+    assert (found.bit_widths, found.weight_widths) == ((2, 4, 8), (2, 4, 7))
+    narrow = PRESETS["onnxruntime"], target_of({(4, 4): 1.0})
+    found = deployment(narrow).scheme(None)
+    assert (found.bit_widths, found.weight_widths) == ((2, 4), (2, 4))
+    assert deployment(narrow).scheme(Scheme(weight_widths=(8,))).weight_widths == (8,)
     both = deployment(("fpga", "cortex-m7")).scheme(Scheme(weights="tensor"))
     assert both == PRESETS["fpga"].scheme
 

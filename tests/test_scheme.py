@@ -15,6 +15,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"input_bits": 8},
     {"input_bits": 32},
     {"output_bits": 8, "power_of_two": True},
+    {"weight_widths": (4,)},
 ]
 
 
@@ -46,6 +47,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"bit_widths": (2, "4")}, "'4'" + NO_WIDTH),
     ({"bit_widths": (2, None)}, "None" + NO_WIDTH),
     ({"bit_widths": (False, 2)}, "False" + NO_WIDTH),
+    ({"weight_widths": 8}, "weight_widths must be a tuple, not 8"),
+    ({"weight_widths": ()}, "weight_widths must be ascending without repeats"),
+    ({"weight_widths": (1, 4)}, "1" + NO_WIDTH),
     ({"input_bits": 1}, "1" + NO_WIDTH),
     ({"output_bits": 1}, "1" + NO_WIDTH),
     ({"input_bits": "8"}, "'8'" + NO_WIDTH),

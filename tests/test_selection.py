@@ -74,6 +74,14 @@ def test_layers_have_bit_widths_of_their_own() -> None:
     assert found["conv_weight"] == found["relu_1"] == (2, 16)
 
 
+def test_weights_have_bit_widths_of_their_own() -> None:
+    found = widths(weight_widths=(2, 4, 7), layers={"head": 8})
+    weights = {name for name in EVERY if name.endswith("weight")}
+    assert {found[name] for name in weights - HEAD} == {(2, 4, 7)}
+    assert {found[name] for name in EVERY - weights - HEAD} == {cgmq_fx.Scheme().bit_widths}
+    assert {found[name] for name in HEAD} == {(8,)}
+
+
 def test_the_last_pattern_counts() -> None:
     found = widths(layers={"Linear": (2, 4), "head": 8})
     assert found["head_weight"] == (8,)

@@ -59,6 +59,7 @@ scheme = _together(
         shell_complete=_targets,
     ),
     click.option("--bit-widths", help="The bit-widths that may be used, as 2,4,8."),
+    click.option("--weight-widths", help="Those of weights, where they differ, as 2,4,7."),
     click.option(
         "--weights",
         type=click.Choice(["tensor", "channel", "element"]),
@@ -171,6 +172,7 @@ def scheme_of(
     skip: tuple[str, ...] = (),
     only: tuple[str, ...] = (),
     layers: tuple[str, ...] = (),
+    weight_widths: str | None = None,
 ) -> Scheme:
     """Read the options of `scheme`, but for the targets.
 
@@ -181,7 +183,8 @@ def scheme_of(
     from cgmq_fx.passes.scheme import Scheme
 
     widths = DEFAULT_BIT_WIDTHS if bit_widths is None else numbers(bit_widths, ",")
-    grains: dict[str, Any] = {"weights": weights, "activations": activations}
+    own = None if weight_widths is None else numbers(weight_widths, ",")
+    grains: dict[str, Any] = {"weights": weights, "activations": activations, "weight_widths": own}
     pairs = [layer.rpartition("=") for layer in layers]
     rows = [(pattern, numbers(text, ",")) for pattern, _, text in pairs]
     return Scheme(widths, input_bits=input_bits, skip=skip, only=only, layers=rows, **grains)

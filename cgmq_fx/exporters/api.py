@@ -29,11 +29,13 @@ class Exported:
         path: The file.
         format: Name of its format.
         certificate: What it costs, as counted from the file; it lies beside it as JSON.
+        remarks: What whoever deploys it should know.
     """
 
     path: Path
     format: str
     certificate: Certificate
+    remarks: tuple[str, ...] = ()
 
     @property
     def agreement(self) -> Agreement | None:
@@ -43,7 +45,7 @@ class Exported:
     def __str__(self) -> str:
         lines = [f"{self.path} ({self.format}, {self.certificate.size:,} bytes)"]
         lines += [] if self.agreement is None else [str(self.agreement)]
-        return "\n".join([*lines, *map(str, self.certificate.states)])
+        return "\n".join([*lines, *map(str, self.certificate.states), *self.remarks])
 
 
 def export(
@@ -86,12 +88,13 @@ def export(
             exporter.write(source, temporary)
             agreement = _verified(exporter, source, temporary, samples) if verify else None
             certificate = certify(exporter, result, temporary, agreement)
+            remarks = exporter.remarks(temporary)
             beside = certificate.write(temporary)
             temporary.replace(path)
             beside.replace(path.with_name(beside.name))
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error}") from error
-    return Exported(path, exporter.name, certificate)
+    return Exported(path, exporter.name, certificate, remarks)
 
 
 def _verified(

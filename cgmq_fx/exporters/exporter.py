@@ -153,6 +153,14 @@ class Exporter(ABC):
         """
         raise ArtifactError(f"what a file of format {self.name!r} costs cannot be read from it")
 
+    def remarks(self, path: Path) -> tuple[str, ...]:
+        """What whoever deploys a file should know of it, in sentences.
+
+        Args:
+            path: What `write` wrote.
+        """
+        return ()
+
     def check_installed(self) -> None:
         """Insist that all packages are there.
 

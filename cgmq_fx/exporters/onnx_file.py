@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from cgmq_fx.cost_models.errors import ExportError
 from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_exporter
 from cgmq_fx.exporters.onnx_reader import read_onnx
-from cgmq_fx.exporters.onnx_saturation import avoid_saturation
+from cgmq_fx.exporters.onnx_saturation import avoid_saturation, unsigned_weights
 from cgmq_fx.exporters.program import exported_program, quiet
 from cgmq_fx.passes.absorb import AbsorbClamps
 from cgmq_fx.passes.capture import ExampleInputs
@@ -222,6 +222,17 @@ class Portable(QdqFile):
     def store(self, model: Any) -> None:
         """As `avoid_saturation` says."""
         avoid_saturation(model)
+
+    def remarks(self, path: Path) -> tuple[str, ...]:
+        """How many weights have the slower kernels, and what to do about it."""
+        count = unsigned_weights(path)
+        if not count:
+            return ()
+        return (
+            f"{count} weights of 8 bits meet 8-bit activations and are unsigned, for exact sums on "
+            "every processor, at the price of onnxruntime's fast kernels; target='onnxruntime' "
+            "trains weights of at most 7 bits, format='onnx-signed' is for processors with VNNI",
+        )
 
 
 @final

@@ -10,6 +10,7 @@ zero point of 128.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,19 @@ def avoid_saturation(model: Any) -> None:
         found = (can_saturate(values, axis, most) for axis, most in _products(node.outputs[0]))
         if any(found):
             _store_unsigned(model, node, values)
+
+
+def unsigned_weights(path: Path) -> int:
+    """How many weights `avoid_saturation` stored unsigned in a file."""
+    import onnx_ir as ir
+
+    graph = ir.load(path).graph
+    return sum(
+        node.op_type == "DequantizeLinear"
+        and node.inputs[0].const_value is not None
+        and node.inputs[0].dtype == ir.DataType.UINT8
+        for node in graph
+    )
 
 
 def _products(weight: Any, turned: bool = False) -> list[tuple[int, int]]:
