@@ -23,7 +23,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from random import Random
 from types import CodeType
-from typing import Any
+from typing import Any, TypeAlias
 
 ROOT = Path(__file__).parents[1]
 LONGEST = 120
@@ -39,25 +39,32 @@ OPTIONS = (
 NONE = "none"
 """The operator that changes nothing: the tests have to pass with it."""
 
+OWN = "test_own_loops_keep_their_state"
+
 TESTS = {
-    "cost_models/target.py": ["target_files", "target", "costs"],
-    "cost_models/tables.py": ["target_files", "target", "costs"],
-    "cost_models/parse.py": ["parse", "target"],
-    "cost_models/memory.py": ["memory", "costs"],
-    "cost_models/bits.py": ["ledger", "costs", "cost_model", "projection"],
-    "cost_models/constraint.py": ["parse", "cost_model", "ledger", "costs"],
-    "cost_models/preflight.py": ["cost_model", "ledger", "costs", "costing", "user_errors"],
-    "cost_models/ledger.py": ["ledger", "projection", "controller"],
-    "cost_models/model.py": ["cost_model", "costs", "ledger"],
-    "cost_models/builtin.py": ["cost_model", "costs", "ledger"],
-    "cost_models/facts.py": ["costs", "cost_model", "memory", "annotate"],
-    "cost_models/errors.py": ["parse", "user_errors", "wrong"],
-    "cgmq_fx/projection.py": ["projection", "oracle", "controller"],
-    "cgmq_fx/controller.py": ["controller", "channel_gates", "search", "checkpoint"],
-    "cgmq_fx/gates.py": ["controller", "channel_gates", "projection"],
-    "cgmq_fx/marginals.py": ["controller", "search", "checkpoint"],
-    "cgmq_fx/directions.py": ["controller", "search"],
+    "cost_models/target.py": ["target_files", "target", "parse"],
+    "cost_models/tables.py": ["target", "promises", "cost_model"],
+    "cost_models/parse.py": ["parse", "constraint", "target", "ledger"],
+    "cost_models/memory.py": ["memory", "ledger", "marginals", "promises"],
+    "cost_models/bits.py": ["bits", "costs", "ledger", "memory", "cost_model"],
+    "cost_models/constraint.py": ["constraint", "parse", "ledger", "cost_model", "costing"],
+    "cost_models/preflight.py": ["cost_model", "promises", "ledger", "parse", "costing"],
+    "cost_models/ledger.py": ["ledger", "marginals", "greedy", "cost_model", "costing", "moves"],
+    "cost_models/model.py": ["cost_model", "costs", "parse", "promises"],
+    "cost_models/builtin.py": ["costs", "bits", "cost_model", "ledger"],
+    "cost_models/facts.py": ["constraint", "costs", "cost_model", "memory", "annotate"],
+    "cost_models/errors.py": ["constraint", "parse", "cost_model", "user_errors", "wrong"],
+    "cgmq_fx/projection.py": ["greedy", "projection", "oracle", "search"],
+    "cgmq_fx/controller.py": ["moves", "controller", "search", "distortion", f"checkpoint::{OWN}"],
+    "cgmq_fx/gates.py": ["gates", "moves", "controller", "distortion", "search", "projection"],
+    "cgmq_fx/marginals.py": ["marginals", "moves", "controller", "search", f"checkpoint::{OWN}"],
+    "cgmq_fx/directions.py": ["gates", "moves", "controller", "search", "distortion"],
 }
+"""By module, what notices fast first."""
+
+
+Place: TypeAlias = tuple[int, int]
+"""Line and column."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +79,12 @@ class Mutant:
 
 
 def mutants() -> list[Mutant]:
-    """Every mutant, in the order of the source, without those of annotations, which never run."""
+    """Every mutant that can change anything, in the order of the source."""
     plugins, tree = import_module("cosmic_ray.plugins"), import_module("cosmic_ray.ast")
     found = []
     for module in TESTS:
         source = (ROOT / module).read_text()
-        nodes, dead = list(tree.ast_nodes(tree.get_ast(source))), list(annotations(source))
+        nodes, dead = list(tree.ast_nodes(tree.get_ast(source))), list(without_effect(source))
         for name in plugins.operator_names():
             kind = plugins.get_operator(name)
             if kind.arguments():
@@ -90,14 +97,25 @@ def mutants() -> list[Mutant]:
     return sorted(found, key=lambda m: (m.module, m.line, m.column, m.operator, m.occurrence))
 
 
-def annotations(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Where annotations begin and end: `from __future__ import annotations` leaves them text."""
+def without_effect(source: str) -> Iterator[tuple[Place, Place]]:
+    """Where a change never changes what is computed, as begin and end.
+
+    Annotations are only text, with `from __future__ import annotations`. Some decorators are for
+    type checkers or speed, slots for memory, and `strict=True` asserts lengths that are equal.
+    """
     for node in ast.walk(ast.parse(source)):
-        owned = [getattr(node, "annotation", None), getattr(node, "returns", None)]
-        for found in owned:
-            if found is not None:
-                end = (found.end_lineno, found.end_col_offset)
-                yield (found.lineno, found.col_offset), end
+        found = [getattr(node, "annotation", None), getattr(node, "returns", None)]
+        for decorator in getattr(node, "decorator_list", []):
+            called = decorator.func if isinstance(decorator, ast.Call) else decorator
+            if ast.unparse(called) in ("final", "overload", "lru_cache"):
+                yield (decorator.lineno, decorator.col_offset - 1), _end(decorator)
+        if isinstance(node, ast.keyword) and ast.unparse(node) in ("slots=True", "strict=True"):
+            found.append(node.value)
+        yield from (((own.lineno, own.col_offset), _end(own)) for own in found if own is not None)
+
+
+def _end(node: ast.expr) -> Place:
+    return node.end_lineno or node.lineno, node.end_col_offset or 0
 
 
 def changed(mutant: Mutant) -> str:
@@ -140,9 +158,14 @@ def tested(mutant: Mutant, code: str) -> int:
         return plain(self, fullname)
 
     SourceFileLoader.get_code = get_code  # type: ignore[assignment, method-assign]
-    files = [f"tests/test_{name}.py" for name in TESTS[mutant.module]]
-    pytest = import_module("pytest")
-    return int(pytest.main([*OPTIONS, *files]))
+    hypothesis = import_module("hypothesis")
+    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]  # nobody reads the example
+    options = {"deadline": None, "derandomize": True, "database": None, "phases": phases}
+    hypothesis.settings.register_profile("mutation", **options)
+    hypothesis.settings.load_profile("mutation")
+    chosen = (name.partition("::") for name in TESTS[mutant.module])
+    tests = [f"tests/test_{file}.py{colons}{test}" for file, colons, test in chosen]
+    return int(import_module("pytest").main([*OPTIONS, *tests]))
 
 
 def run(sample: int, seed: int, out: Path) -> None:
