@@ -12,17 +12,27 @@ from cgmq_fx.cost_models import (
     CostModel,
     GraphBits,
     GraphFacts,
+    Ledger,
     NodeBits,
     NodeFacts,
     check_cost_models,
     check_feasible,
+    cost_model,
+    graph_bits,
+    lowest_bits,
     model,
     parse_budget,
     register_cost_model,
     relevance,
 )
-from cgmq_fx.cost_models.errors import BudgetError, CostModelError, InfeasibleBudgetError
-from tests.cost_helpers import graph, linear, two_layers
+from cgmq_fx.cost_models.errors import (
+    BudgetError,
+    CostModelError,
+    InfeasibleBudgetError,
+    UnknownCostError,
+)
+from cgmq_fx.cost_models.preflight import dominating
+from tests.cost_helpers import bits, graph, linear, two_layers
 
 
 @pytest.fixture(autouse=True)
@@ -238,3 +248,101 @@ def test_all_that_a_peak_reads_is_relevant() -> None:
     assert relevance(facts, parse_budget("activations <= 1 MB")) == {
         name: (False,) for name in facts.quantizers
     }
+
+
+LAYERS = graph(
+    *(linear(f"fc{i}", f"w{i}", "x", shape=(size, 4)) for i, size in enumerate((40, 30, 20, 10))),
+    widths=(2, 4, 8),
+)
+
+
+def test_three_layers_that_dominate_are_named() -> None:
+    low = Ledger(LAYERS, parse_budget("bops <= 1, weights <= 1"), lowest_bits(LAYERS))
+    assert dominating(low, 0) == "fc0 (40%), fc1 (30%), fc2 (20%)"
+    assert dominating(low, 0, most=1) == "fc0 (40%)"
+    # weights of 40, 30, 20 and 10 bytes, biases of 160, 120, 80 and 40
+    assert dominating(low, 1, most=9) == "fc0 (40%), fc1 (30%), fc2 (20%), fc3 (10%)"
+
+
+def test_what_costs_nothing_is_dominated_by_nothing() -> None:
+    pruned = two_layers((0, 8))
+    ledger = Ledger(pruned, parse_budget("macs <= 1"), lowest_bits(pruned))
+    assert dominating(ledger, 0) == "fc1 (0%), fc2 (0%)"
+
+
+def test_what_dominates_a_part_is_in_it() -> None:
+    ledger = Ledger(LAYERS, parse_budget("bops[fc?] <= 1, bops[fc3] <= 1"), lowest_bits(LAYERS))
+    assert dominating(ledger, 0, most=9).count("fc") == 4
+    assert dominating(ledger, 1, most=9) == "fc3 (100%)"
+
+
+# Of 400 MACs at 2 x 2 bits: 1,600 BOPs.
+HINTS = [
+    ("bops <= 1", r"bops <= 1 bop is asked for \(a share is .* as in \"bops <= 1%\"\), but"),
+    ("bops <= 100", r"bops <= 100 bop is asked for \(a share .* as in \"bops <= 100%\"\), but"),
+    ("bops <= 101", r"bops <= 101 bop is asked for, but .* it is still 1,600 bop, most of it in"),
+    ("bops <= 0.1%", r"bops <= 0\.100% is asked for, but .* it is still 0\.391%, most of it in"),
+    ("bops[fc3] <= 1", r"bops\[fc3\] <= 1 bop .* \"bops\[fc3\] <= 1%\"\), .* in fc3 \(100%\)"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), HINTS)
+def test_a_share_without_its_sign_is_suspected(text: str, message: str) -> None:
+    with pytest.raises(InfeasibleBudgetError, match=message):
+        check_feasible(LAYERS, parse_budget(text))
+
+
+def test_a_small_number_that_was_meant_gets_no_hint() -> None:
+    small = graph(linear("fc", "w", "x", shape=(3, 4)))  # 48 BOPs
+    with pytest.raises(InfeasibleBudgetError, match="bops <= 47 bop is asked for, but"):
+        check_feasible(small, parse_budget("bops <= 47"))
+
+
+def test_only_three_other_quantizers_are_named() -> None:
+    class Falling(Wires):
+        def node_cost(self, node: NodeFacts, bits: NodeBits) -> float:
+            return 40 - bits.weight
+
+    for names, shown in (
+        ("abc", r"\(x: 2 bits, w_b: 2 bits, w_c: 2 bits\)"),
+        ("abcd", r"\(x: 2 bits, w_b: 2 bits, w_c: 2 bits, \.\.\.\)"),
+    ):
+        facts = graph(*(linear(n, f"w_{n}", "x") for n in names), widths=(2, 4, 8))
+        with pytest.raises(CostModelError, match=f"w_a goes from 2 to 4 bits .*{shown}"):
+            check_cost_models(facts, Budget((Falling() <= 1e9,)))
+
+
+def test_equal_costs_and_zero_keep_the_contract() -> None:
+    check_cost_models(ONE_LAYER, Budget((Table(dict.fromkeys(FINE, 0.0)) <= 1.0,)))
+    with pytest.raises(CostModelError, match="gives -1e-09 with everything at 32 bits"):
+        check_cost_models(ONE_LAYER, Budget((Table({**FINE, 32: -1e-9}) <= 1.0,)))
+
+
+def test_each_constraint_has_a_relevance_of_its_own() -> None:
+    found = relevance(two_layers(), parse_budget("weights <= 30, bops <= 1%, bops[fc2] <= 1%"))
+    assert found == {
+        "w1": (True, True, False),
+        "x": (False, True, False),
+        "w2": (True, True, True),
+        "h": (False, True, True),
+    }
+
+
+def test_a_cost_is_the_sum_over_nodes_unless_overridden() -> None:
+    facts = graph(linear("a", "w", "x"), linear("b", "v", "x"), linear("c", "u", "x"))
+    facts = replace(
+        facts, nodes=tuple(replace(n, module="m") for n in facts.nodes[:2]) + facts.nodes[2:]
+    )
+    found = graph_bits(facts, {"w": bits(2), "v": bits(4), "u": bits(8), "x": bits(8)})
+    assert Wires().graph_cost(facts, found) == 2 + 4 + 8
+    assert Wires().parts(facts, found) == {"m": 2 + 4, "c": 8}
+
+
+def test_names_close_to_one_that_is_known_are_suggested() -> None:
+    message = (
+        r"no cost model named 'BOPs'; did you mean 'bops'\? Known are activations, arena, bops"
+    )
+    with pytest.raises(UnknownCostError, match=message):
+        cost_model("BOPs")
+    with pytest.raises(UnknownCostError, match="named 'zzz'; known are activations, arena, bops"):
+        cost_model("zzz")

@@ -1,6 +1,7 @@
 """The running account equals a full recomputation, whatever moves."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from cgmq_fx.cost_models import (
     parse_budget,
     uniform_bits,
 )
+from cgmq_fx.cost_models.errors import BudgetError
 from tests.cost_helpers import WIDTHS, bits, linear, quantizer, two_layers
 
 
@@ -182,6 +184,115 @@ def test_most_of_a_chain_is_looked_up() -> None:
         *(True, True),
         True,
     ]
+
+
+# What each quantizer would change alone; FACTS at 8 bits, where w1 and h have a gate per channel.
+CHANGES = [
+    # 12 x (4 - 8) x 8, and 12 x 4 bits less of weights
+    ("w1", bits(4, 4, 4), {"bops": -384.0, "weights": -6.0, "widest": -384.0}),
+    # a third of that
+    ("w1", bits(8, 8, 4), {"bops": -128.0, "weights": -2.0, "widest": -128.0}),
+    # fc2 alone is cheaper than fc1: the widest does not change until it is not
+    ("w2", bits(2), {"bops": -6 * 6 * 8.0, "weights": -6 * 6 / 8, "widest": 0.0}),
+    ("w2", bits(32), {"bops": 6 * 24 * 8.0, "weights": 6 * 24 / 8, "widest": 6 * 32 * 8 - 768}),
+    ("h", bits(0, 8, 8), {"bops": -2 * 64.0, "weights": 0.0, "widest": 0.0}),
+]
+
+
+@pytest.mark.parametrize(("name", "new", "expected"), CHANGES)
+def test_what_a_move_changes_by_hand(name: str, new: BitArray, expected: dict[str, float]) -> None:
+    ledger = Ledger(FACTS, BUDGET, uniform_bits(FACTS, 8))
+    before = account(ledger)
+    changed = ledger.change(name, new)
+    assert account(ledger) == before
+    by_name = dict(zip([c.model.name for c in BUDGET], changed, strict=True))
+    assert {n: by_name[n] for n in expected} == pytest.approx(expected)
+    trial = np.array(ledger.trial(name, new)) - ledger.totals
+    assert trial.tolist() == pytest.approx(changed)
+
+
+def test_several_quantizers_move_at_once() -> None:
+    ledger = Ledger(FACTS, BUDGET, uniform_bits(FACTS, 8))
+    ledger.update({"w1": bits(2, 4, 8), "h": bits(0, 4, 32), "x": bits(4)})
+    assert account(ledger) == account(Ledger(FACTS, BUDGET, dict(ledger.assignment)))
+    assert [b.tolist() for b in ledger.assignment.values()] == [[2, 4, 8], [4], [8], [0, 4, 32]]
+
+
+# fc1 and fc2 lie in modules; the nodes are called otherwise.
+SCOPES = [
+    ("bops[block.fc1]", 768),
+    ("bops[block.*]", 768 + 384),
+    ("bops[*.fc2]", 384),
+    ("bops[n2]", 384),
+    ("bops[n?]", 768 + 384),
+    ("bops[n1*]", 768),
+    ("weights[block.fc2]", 6 + 2 * 4),
+]
+
+
+def in_modules() -> GraphFacts:
+    nodes = (
+        replace(node, name=f"n{i}", module=f"block.fc{i}") for i, node in enumerate(FACTS.nodes, 1)
+    )
+    return replace(FACTS, nodes=tuple(nodes))
+
+
+@pytest.mark.parametrize(("cost", "total"), SCOPES)
+def test_bounds_on_a_part_of_the_model(cost: str, total: float) -> None:
+    graph = in_modules()
+    ledger = Ledger(graph, parse_budget(f"{cost} <= 1%, bops <= 1%"), uniform_bits(graph, 8))
+    assert ledger.totals == (total, 768 + 384)
+    assert sum(ledger.node_costs(0)) == total
+    if cost.startswith("bops"):
+        assert ledger.references == (total * 16, (768 + 384) * 16)  # 32 x 32 by 8 x 8
+        assert ledger.limits[0] == pytest.approx(total * 16 / 100)
+
+
+REFUSED_SCOPES = [
+    ("bops[block]", r"no layer matches 'block'; there are block.fc1, block.fc2$"),
+    ("bops[N1]", "no layer matches 'N1'"),
+    ("activations[block.*]", "'activations' is no sum over nodes, .* bounded for 'block.*' alone"),
+]
+
+
+@pytest.mark.parametrize(("cost", "message"), REFUSED_SCOPES)
+def test_a_scope_is_refused(cost: str, message: str) -> None:
+    graph = in_modules()
+    with pytest.raises(BudgetError, match=message):
+        Ledger(graph, parse_budget(f"{cost} <= 1 M"), uniform_bits(graph, 8))
+
+
+def test_layers_without_a_module_are_named_by_their_nodes() -> None:
+    with pytest.raises(BudgetError, match=r"there are fc1, fc2$"):
+        Ledger(FACTS, parse_budget("bops[x] <= 1"), uniform_bits(FACTS, 8))
+
+
+def test_a_bound_that_knows_its_reference_keeps_it() -> None:
+    budget = parse_budget("bops <= 10%, bops <= 50% of 8 bits, weights <= 9%")
+    fresh = Ledger(FACTS, budget, uniform_bits(FACTS, 4))
+    assert fresh.references == (18 * 1024, 18 * 64, 18 * 4 + 20)
+    assert fresh.limits == pytest.approx((1843.2, 576, 8.28))
+    known = budget.with_references({"bops of 8 bits": 10.0, "weights of 32 bits": 0.0})
+    ledger = Ledger(FACTS, known, uniform_bits(FACTS, 4))
+    assert ledger.references == (18 * 1024, 10, 0)
+    assert ledger.limits == pytest.approx((1843.2, 5, 0))
+    assert ledger.violated == (1, 2)
+
+
+def test_whether_every_cost_is_a_sum() -> None:
+    assert Ledger(FACTS, parse_budget("bops <= 1, weights <= 1"), uniform_bits(FACTS, 8)).additive
+    assert not Ledger(FACTS, WITH_MEMORY, uniform_bits(FACTS, 8)).additive
+    found = Ledger(FACTS, WITH_MEMORY, uniform_bits(FACTS, 8))
+    assert found.fits(found.limits)
+    assert not found.fits([limit + 1e-9 for limit in found.limits])
+
+
+def test_uniform_bits_have_an_entry_per_gate() -> None:
+    found = uniform_bits(FACTS, 4)
+    assert {n: b.tolist() for n, b in found.items()} == {
+        **{"w1": [4, 4, 4], "x": [4]},
+        **{"w2": [4], "h": [4, 4, 4]},
+    }
 
 
 def test_the_callers_assignment_is_not_written_to() -> None:

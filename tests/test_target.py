@@ -15,7 +15,11 @@ from benchmarks.measure_target import CLOCK, PATTERNS, WIDTHS, as_target, fit
 from cgmq_fx.cost_models import (
     Energy,
     Latency,
+    NodeBits,
     NodeFacts,
+    Operand,
+    Role,
+    Stored,
     Target,
     load_target,
     parse_budget,
@@ -109,6 +113,8 @@ def target_of(rows: dict[tuple[int, int], float], **options: Any) -> Target:
 
 SMALL = target_of({(8, 8): 2.0, (4, 8): 1.5, (4, 4): 1.0})
 SLOW_NARROW = target_of({(8, 8): 1.0, (4, 4): 3.0})
+EQUAL = target_of(dict.fromkeys([(8, 8), (4, 4), (4, 8), (8, 4)], 1.0))
+THIN = target_of({(8, 2): 7.0, (4, 4): 3.5})
 CORNERS = target_of({(8, 8): 1.0, (4, 16): 10.0})
 
 RUNS_AS = [
@@ -133,6 +139,17 @@ RUNS_AS = [
     # 2 products of 8 x 8 would be 2, less than the 10 of 4 x 16, which is narrower
     (CORNERS, 8, 16, 10.0, (8, 8)),
     (CORNERS, 16, 64, 16 * 1.0, (8, 8)),
+    # of equal figures the narrowest pair
+    (EQUAL, 2, 2, 1.0, (4, 4)),
+    (EQUAL, 5, 4, 1.0, (8, 4)),
+    (EQUAL, 4, 5, 1.0, (4, 8)),
+    (EQUAL, 8, 8, 1.0, (8, 8)),
+    (EQUAL, 9, 8, 2.0, (8, 8)),
+    # two of 4 x 4 are cheaper than two of 8 x 2
+    (THIN, 8, 2, 7.0, (8, 2)),
+    (THIN, 8, 4, 7.0, (4, 4)),
+    (THIN, 4, 4, 3.5, (4, 4)),
+    (THIN, 16, 4, 14.0, (4, 4)),
 ]
 
 
@@ -209,6 +226,74 @@ def test_energy_by_hand(per_byte: float | None, expected: float) -> None:
     target = target_of(TWO_SPEEDS, picojoules_per_byte=per_byte)
     found = cost(Energy(target), LAYER, {"w": bits(4), "x": bits(8)})
     assert found == pytest.approx(expected, rel=1e-12)
+
+
+TABLES = {"depthwise.*": 3.0, "*conv*": 1.0, "*linear*": 2.0}
+KIND_OF_ITS_OWN = Target(
+    "kinds", "", "", {p: (Row(8, 8, c, c),) for p, c in TABLES.items()}, clock=1.0
+)
+
+
+@pytest.mark.parametrize("model", [Latency(KIND_OF_ITS_OWN), Energy(KIND_OF_ITS_OWN)])
+def test_every_kind_of_node_is_looked_up_for_itself(model: Latency | Energy) -> None:
+    """Of the same model, one after the other: what is remembered of one is not taken for others."""
+    found = NodeBits(((1, 8, 8),), 0)
+    kinds = [replace(node, macs=10) for node in KINDS[:3]]
+    pico = 1e-12 if isinstance(model, Energy) else 1
+    costs = [model.node_cost(node, found) for node in (*kinds, *kinds)]
+    assert costs == pytest.approx([10 * pico, 30 * pico, 20 * pico] * 2)
+
+
+# Products by bits; 12 MACs at 0.5, or at 0.1 with 2-bit weights, and none where one is 0.
+MIXTURES = [
+    (((1, 2, 8), (1, 4, 8)), 12 * (0.1 + 0.5) / 2),
+    (((1, 2, 8), (3, 4, 8)), 12 * (0.1 + 3 * 0.5) / 4),
+    (((1, 2, 8), (1, 2, 2), (2, 4, 8)), 12 * (2 * 0.1 + 2 * 0.5) / 4),
+    (((1, 0, 8), (1, 4, 0), (2, 4, 8)), 12 * 2 * 0.5 / 4),
+    (((5, 0, 8),), 0.0),
+    ((), 0.0),
+    # 16 by 8 bits are two products of 8 by 8
+    (((1, 16, 8),), 12 * 2 * 0.5),
+]
+
+
+@pytest.mark.parametrize(("pairs", "cycles"), MIXTURES)
+def test_what_a_mixture_of_bits_costs(
+    pairs: tuple[tuple[int, int, int], ...], cycles: float
+) -> None:
+    (node,) = LAYER.nodes
+    model = Latency(target_of(TWO_SPEEDS, clock=2.0))
+    assert model.node_cost(node, NodeBits(pairs, 0)) == pytest.approx(cycles / 2)
+
+
+def test_products_of_activations_move_both_factors() -> None:
+    operands = (Operand(Role.ACTIVATION, 6, "q"), Operand(Role.ACTIVATION, 8, "k"))
+    node = NodeFacts("scores", "aten.matmul.default", 24, operands)
+    chip = target_of({(8, 8): 1.0}, clock=1.0, bytes_per_cycle=2.0, picojoules_per_byte=3.0)
+    found = NodeBits(((1, 4, 8),), 0)
+    # 24 products; 6 elements of 4 bits and 8 of 8 are 3 + 8 bytes
+    assert Latency(chip).node_cost(node, found) == 24 + 11 / 2
+    assert Energy(chip).node_cost(node, found) == pytest.approx((24 + 11 * 3) * 1e-12)
+
+
+def test_what_only_stores_something_is_moved_and_not_multiplied() -> None:
+    node = NodeFacts("table", "aten.embedding.default", stored=(Stored("t", 4, None),))
+    chip = target_of({}, clock=2.0, bytes_per_cycle=4.0, picojoules_per_byte=10.0)
+    found = NodeBits((), 4 * 32)
+    assert Latency(chip).node_cost(node, found) == 16 / 4 / 2
+    assert Energy(chip).node_cost(node, found) == pytest.approx(160e-12)
+    assert Latency(target_of({}, clock=2.0)).node_cost(node, found) == 0
+    assert Energy(target_of({})).node_cost(node, found) == 0
+
+
+def test_a_table_without_rows_has_no_figures() -> None:
+    (node,) = LAYER.nodes
+    with pytest.raises(TargetError, match=r"toy has no such figure for aten.linear.default \(fc\)"):
+        target_of({}).price(node, 8, 8, figure)
+
+
+def test_shipped_targets_are_read_once() -> None:
+    assert load_target("mpic") is load_target("mpic")
 
 
 LENET_MACS = 4_267_008

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cgmq_fx.cost_models import load_target, target_names
-from cgmq_fx.cost_models.errors import TargetError
-from cgmq_fx.cost_models.target import parse_target, target_to_json
+from cgmq_fx.cost_models.errors import TargetError, UnknownTargetError
+from cgmq_fx.cost_models.target import Row, Target, parse_target, target_to_json
 
 
 def valid(**changes: Any) -> dict[str, Any]:
@@ -69,6 +69,18 @@ REFUSED: list[tuple[Any, str]] = [
     (with_row(cycles=-1), "cycles must be a positive, finite number, not -1"),
     (with_row(cycles=None), "the row of 8 x 8 bits has neither cycles nor pJ"),
     (with_row(pj=1), "unknown key 'pj'; known are .*'pJ'"),
+    (with_row(weight=33), "bit-widths are 1 to 32, not 33 and 8"),
+    (with_row(weight=-8), "weight must be a positive whole number, not -8"),
+    (with_row(cycles=0), "cycles must be a positive, finite number, not 0"),
+    (valid(source=""), "source must be a text that is not empty, not ''"),
+    (valid(description="x" * 10_001), "description must be a text that is not empty, not 'xxx"),
+    (valid(name="a\tb"), r"name has a character that cannot be printed: 'a\\tb'"),
+    (valid(memories={"": 1}), "'' is no name: 1 to 200 printable characters"),
+    (valid(memories={"x" * 201: 1}), "'xxx.*' is no name|'xxx.* is no name"),
+    (valid(memories={"a\n": 1}), "is no name"),
+    (valid(tables={"a\n": [{"weight": 8, "activation": 8, "cycles": 1}]}), "is no name"),
+    (valid(tables={key: [] for key in map(str, range(257))}), "must map 1 to 256 op patterns"),
+    (valid(z=1, y=2), r"unknown key 'y'; known are \['bytes_per_cycle', 'clock_hz', "),
 ]
 
 
@@ -79,11 +91,55 @@ def test_a_malformed_target_is_refused(data: Any, message: str) -> None:
         parse_target(text, "toy.json")
 
 
-@pytest.mark.parametrize("data", [valid(), valid(memories={"ram": 64}), with_row(pJ=0.5)])
+ROW = {"weight": 32, "activation": 1, "cycles": 1.5, "pJ": 1e300}
+LARGEST = [
+    valid(name="x" * 10_000, description="two\nlines", source="\n x"),
+    valid(memories={"x" * 200: 1}),
+    valid(tables={"*": [ROW] * 1024}),
+    valid(tables={"*": [ROW], **{key: [ROW] for key in map(str, range(255))}}),
+]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [valid(), valid(memories={"ram": 64}), with_row(pJ=0.5), *LARGEST],
+    ids=lambda v: str(v)[:40],
+)
 def test_what_is_not_malformed_is_read(data: dict[str, Any]) -> None:
     target = parse_target(json.dumps(data).encode(), "toy.json")
     assert target.memories == data.get("memories", {})
     assert target.tables["*"][0].cycles == 1.5
+
+
+def test_a_target_is_read_as_it_stands() -> None:
+    rows = [{"weight": 8, "activation": 4, "cycles": 2}, {"weight": 4, "activation": 4, "pJ": 3}]
+    data = valid(
+        tables={"*conv*": rows[:1], "*": rows[1:]},
+        clock_hz=2e6,
+        bytes_per_cycle=4,
+        picojoules_per_byte=0.5,
+        memories={"ram": 10, "flash": 20},
+    )
+    found = parse_target(json.dumps(data).encode(), "toy.json")
+    assert found == Target(
+        name="toy",
+        description="A toy.",
+        source="Made up.",
+        tables={"*conv*": (Row(8, 4, 2.0, None),), "*": (Row(4, 4, None, 3.0),)},
+        clock=2e6,
+        bytes_per_cycle=4.0,
+        picojoules_per_byte=0.5,
+        memories={"ram": 10, "flash": 20},
+    )
+    assert parse_target(json.dumps(target_to_json(found)).encode(), "toy.json") == found
+    plain = parse_target(json.dumps(valid()).encode(), "toy.json")
+    assert (plain.clock, plain.bytes_per_cycle, plain.picojoules_per_byte) == (None, None, None)
+
+
+def test_what_is_shown_of_a_value_is_cut() -> None:
+    with pytest.raises(TargetError) as error:
+        parse_target(json.dumps(valid(name=["x" * 200])).encode(), "toy.json")
+    assert str(error.value).endswith(f"not ['{'x' * 78}")
 
 
 JSON = st.recursive(
@@ -133,6 +189,18 @@ def test_a_target_that_cannot_be_found(target: Any, message: str) -> None:
 
 
 def test_a_huge_file_is_no_target(tmp_path: Path) -> None:
-    (tmp_path / "huge.json").write_bytes(b" " * ((1 << 20) + 1))
+    text = json.dumps(valid()).encode()
+    (tmp_path / "huge.json").write_bytes(text.ljust((1 << 20) + 1))
     with pytest.raises(TargetError, match=r"huge.json is larger than 1048576 bytes"):
         load_target(tmp_path / "huge.json")
+    (tmp_path / "large.json").write_bytes(text.ljust(1 << 20))
+    assert load_target(tmp_path / "large.json").name == "toy"
+
+
+def test_a_text_that_is_no_path_is_cut_in_the_message() -> None:
+    with pytest.raises(TargetError) as error:
+        load_target("x" * 5000)
+    assert str(error.value).startswith(f"cannot read the target '{'x' * 200}': ")
+    assert not isinstance(error.value, UnknownTargetError)
+    with pytest.raises(UnknownTargetError):
+        load_target("cortex-m9")
