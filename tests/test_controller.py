@@ -58,8 +58,12 @@ def toy_controller(
     """A controller of quantizers that belong to no network."""
     logs = torch.arange(5.0)  # the range at level k is e^k
     noise = torch.tensor([*(4.0 / (2**b - 1) ** 2 for b in WIDTHS[:-1]), 0.0])
+    shapes = {n: (q.gates,) if q.gates > 1 else () for n, q in graph.quantizers.items()}
+    specs = {
+        n: QuantizerSpec(q.role, True, q.bit_widths, shapes[n]) for n, q in graph.quantizers.items()
+    }
     return Controller(
-        {n: Quantizer(QuantizerSpec(q.role, True, WIDTHS)) for n, q in graph.quantizers.items()},
+        {n: Quantizer(spec) for n, spec in specs.items()},
         graph,
         budget,
         {n: RangeTable(logs, noise, 1.0) for n in graph.quantizers},

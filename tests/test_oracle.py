@@ -28,7 +28,8 @@ from cgmq_fx.projection import Projection
 
 WIDTHS = [(2, 4, 8, 16, 32), (2, 4, 8), (0, 2, 4, 8), (3, 5, 6, 7, 8)]
 PROBLEMS = 60
-WITHIN = 0.02
+WITHIN = {"top": 0.001, "random": 0.006}
+"""What the loss exceeds the least by, on average: random levels have more to be mended."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def optimum(problem: Problem, known: float) -> Levels:
     return best
 
 
-@pytest.mark.parametrize("start", ["top", "random"])
+@pytest.mark.parametrize("start", WITHIN)
 def test_the_projection_is_near_the_optimum(start: str) -> None:
     gaps = []
     for seed in range(PROBLEMS):
@@ -151,4 +152,4 @@ def test_the_projection_is_near_the_optimum(start: str) -> None:
             gaps.append(reached / problem.loss(optimum(problem, reached)) - 1)
     assert len(gaps) > PROBLEMS / 2
     assert min(gaps) > -1e-3  # the oracle is one
-    assert sum(gaps) / len(gaps) < WITHIN
+    assert sum(gaps) / len(gaps) < WITHIN[start]

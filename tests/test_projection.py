@@ -82,8 +82,12 @@ def test_result_satisfies_and_no_gate_can_be_raised(
     count = layout.count.numpy()
     starts = {"top": count - 1, "bottom": count * 0, "random": count * rng.random()}
     weight = np.array([10 ** rng.gauss(0, 2) for _ in count])
-    levels = project(layout, budget, starts[start].astype(np.int64), weight, graph)
-    assert Ledger(graph, budget, layout.assignment(levels)).satisfied
+    first = starts[start].astype(np.int64)
+    projection = Projection(layout, Ledger(graph, budget, layout.assignment(first)), first, weight)
+    levels = projection.run()
+    whole = Ledger(graph, budget, layout.assignment(levels))
+    assert whole.satisfied
+    assert projection.ledger.totals == whole.totals
     for more in raised(layout, levels):
         assert not Ledger(graph, budget, layout.assignment(more)).satisfied
 
@@ -130,8 +134,8 @@ def test_loss_is_close_to_that_of_the_best_of_all_choices(start: int) -> None:
         assert reached <= losses[0]
         gaps.append(reached / losses[cost <= limit].min() - 1)
     assert min(gaps) >= 0
-    assert np.mean(gaps) < 0.05
-    assert np.median(gaps) == 0
+    assert np.mean(gaps) < 0.03
+    assert np.mean(np.array(gaps) < 1e-9) > 0.95
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
