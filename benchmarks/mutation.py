@@ -163,9 +163,14 @@ def tested(mutant: Mutant, code: str) -> int:
     options = {"deadline": None, "derandomize": True, "database": None, "phases": phases}
     hypothesis.settings.register_profile("mutation", **options)
     hypothesis.settings.load_profile("mutation")
-    chosen = (name.partition("::") for name in TESTS[mutant.module])
-    tests = [f"tests/test_{file}.py{colons}{test}" for file, colons, test in chosen]
-    return int(import_module("pytest").main([*OPTIONS, *tests]))
+    sys.dont_write_bytecode = mutant.operator != NONE
+    pytest, status = import_module("pytest"), 0
+    for name in TESTS[mutant.module]:
+        file, colons, test = name.partition("::")
+        status = int(pytest.main([*OPTIONS, f"tests/test_{file}.py{colons}{test}"]))
+        if status:
+            break
+    return status
 
 
 def run(sample: int, seed: int, out: Path) -> None:
@@ -219,7 +224,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"))
     options = parser.parse_args()
     os.chdir(ROOT)
-    sys.dont_write_bytecode = True
     if options.task == "run":
         run(options.sample, options.seed, options.out)
     show(options.out)

@@ -22,7 +22,7 @@ from cgmq_fx.cost_models import (
     parse_budget,
 )
 from cgmq_fx.gates import GateLayout, Levels
-from cgmq_fx.projection import Projection
+from cgmq_fx.projection import Projection, _Falls
 from tests.cost_helpers import graph, linear
 from tests.random_nets import constraint, ends, facts
 from tests.test_projection import layout_of
@@ -153,21 +153,31 @@ def test_exchanges_end_with_the_work_that_is_allowed(monkeypatch: pytest.MonkeyP
     assert found.levels.tolist() == [2, 0]
 
 
-def test_tensors_that_set_a_peak_together_fall_together() -> None:
-    """46 and 46 bytes beside 4: neither alone changes the peak of 96, but both do."""
-    rows = {"base": (4, 0, 3), "first": (46, 1, 1), "second": (46, 2, 2), "third": (46, 3, 3)}
+# Two tensors of 46 bytes, each alone at the peak, and one that has no part in it. All at 4 bits:
+# 23 bytes; the loss is the worth.
+PEAKS = [
+    (46.0, [0.3, 0.3, 0.5], [2, 2, 2]),
+    (23.0, [0.3, 0.3, 0.5], [1, 1, 2]),
+    (23.0, [0.3, 7.0, 0.5], [1, 1, 2]),
+    (23.0, [7.0, 0.3, 0.5], [1, 1, 2]),
+]
+
+
+@pytest.mark.parametrize(("limit", "worth", "expected"), PEAKS)
+def test_tensors_that_set_a_peak_together_fall_together(
+    limit: float, worth: list[float], expected: list[int]
+) -> None:
+    rows = {"first": (46, 1, 1), "second": (46, 2, 2), "other": (10, 0, 0)}
     tensors = tuple(TensorFacts(n, *row, n) for n, row in rows.items())
     own = {n: QuantizerFacts(n, Role.ACTIVATION, 1, WIDTHS, row[0]) for n, row in rows.items()}
-    found = begun(
-        GraphFacts((), own, tensors=tensors),
-        Budget((ActivationMemory() <= 30.0,)),
-        [2, 2, 2, 0],
-        [1.0, 3.0, 2.0, 1.0],
-    )
+    graph = GraphFacts((), own, tensors=tensors)
+    found = begun(graph, Budget((ActivationMemory() <= limit,)), [2, 2, 2], worth)
     found.lower()
-    # 4 bytes are freed by the base for 1 (2 for 8), then the two others fall, the cheaper first
+    if max(worth) < 1:
+        assert found.levels.tolist() == expected
     assert found.ledger.satisfied
-    assert found.levels.tolist()[1:] == [1, 1, 0]
+    found.fill()
+    assert found.levels.tolist() == expected
 
 
 MANY = 256
@@ -209,6 +219,63 @@ def test_a_gate_that_is_cheaper_than_the_best_rises_instead() -> None:
         found = begun(layer, parse_budget(f"bops <= {limit}"), [0, 0, 0, 2], worth)
         found.fill([(0, 0)])
         assert found.levels.tolist() == [*expected, 0, 2]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_many_gates_are_exchanged_for_one(order: int) -> None:
+    """A portion of four frees 8 bytes, which take the other weight from 4 to 8 bits."""
+    more = NodeFacts("more", "aten.linear.default", stored=(Stored("v", 16, "v"),))
+    own = {**many().quantizers, "v": QuantizerFacts("v", Role.WEIGHT, 1, WIDTHS, 16)}
+    layers = GraphFacts((*many().nodes, more), own)
+    budget = parse_budget(f"weights <= {4 * MANY + 8}")
+    # the four lose 1 + 2 + 3 + 4
+    for worth, expected in ((9.0, [2] * MANY + [1]), (40.0, [1] * 4 + [2] * (MANY - 4) + [2])):
+        found = begun(layers, budget, [2] * MANY + [1], [*RISING[::order], worth])
+        found.exchange()
+        assert found.levels[:MANY][::order].tolist() + found.levels[MANY:].tolist() == expected
+        whole = Ledger(layers, budget, found.layout.assignment(found.levels))
+        assert found.ledger.totals == whole.totals
+
+
+@pytest.mark.parametrize(("gates", "cheap"), [(100, 37), (256, 255), (512, 300), (5000, 4700)])
+def test_some_gate_that_fits_is_found_among_many(gates: int, cheap: int) -> None:
+    """Gates from number `cheap` on meet 2-bit inputs, all others, which are worth more, 8 bits."""
+    meets = (1, gates, 1)
+    node = linear("fc", "w", "x", shape=(1, gates), meets=(meets, meets))
+    layer = graph(node, gates={"w": gates, "x": gates}, widths=WIDTHS)
+    inputs = [2] * cheap + [0] * (gates - cheap)
+    size = 2 * (8 * cheap + 2 * (gates - cheap))
+    worth = np.arange(gates, 0, -1.0).tolist() + [0.0] * gates
+    # from 2 to 4 bits a gate takes 2 x 2 more, or 2 x 8
+    found = begun(layer, parse_budget(f"bops <= {size + 4}"), [0] * gates + inputs, worth)
+    found.fill([(0, 0)])
+    raised = np.flatnonzero(found.levels[:gates]).tolist()
+    assert len(raised) == 1
+    assert raised[0] >= cheap
+
+
+def test_the_estimate_of_what_has_to_fall() -> None:
+    moves = [(0, 1), (1, 2), (1, 1), (2, 2)]
+    falls = _Falls(
+        moves,
+        np.array([0, 1, 1, 2]),
+        np.array([6.0, 1.0, 8.0, 2.0]),
+        np.array([[3.0, 1.0], [1.0, 0.0], [4.0, 0.0], [0.0, 5.0]]),
+    )
+    # of the first constraint: 6 for 3, 1 for 1 and 8 for 4
+    entries = [(1.0, (1, 2)), (2.0, (0, 1)), (2.0, (1, 1))]
+    for missing, least, most in ((0.5, 0, 1), (2, 1, 7), (4, 1, 7), (4.5, 7, 15), (99, 15, 15)):
+        found, loss = falls.cheapest(np.array([missing, 0.0]), without=2)
+        assert found == entries
+        assert least <= loss <= most
+    assert falls.cheapest(np.array([9.0, -1.0]), without=1) == ([(2.0, (0, 1))], 6.0)
+    # of both: 6 for 4, 1 for 1, 8 for 4 and 2 for 5; the second is freed by the last and the first
+    entries = [(0.4, (2, 2)), (1.0, (1, 2)), (1.5, (0, 1)), (2.0, (1, 1))]
+    for missing, least, most in ((5.0, 2, 3), (5.5, 3, 9), (7.0, 17, 17)):
+        found, loss = falls.cheapest(np.array([1.0, missing]), without=9)
+        assert found == entries
+        assert least <= loss <= most
+    assert falls.cheapest(np.array([-1.0, 0.0]), without=9) == ([], 0.0)
 
 
 def moved(levels: Levels, gates: Levels, step: int) -> Levels:
