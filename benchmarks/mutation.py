@@ -50,6 +50,7 @@ TESTS = {
     "cost_models/constraint.py": ["constraint", "parse", "ledger", "cost_model", "costing"],
     "cost_models/preflight.py": ["cost_model", "promises", "ledger", "parse", "costing"],
     "cost_models/ledger.py": ["ledger", "marginals", "greedy", "cost_model", "costing", "moves"],
+    "cost_models/lookup.py": ["ledger", "marginals", "moves"],
     "cost_models/model.py": ["cost_model", "costs", "parse", "promises"],
     "cost_models/builtin.py": ["costs", "bits", "cost_model", "ledger"],
     "cost_models/facts.py": ["constraint", "costs", "cost_model", "memory", "annotate"],

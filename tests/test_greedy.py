@@ -223,16 +223,17 @@ def test_a_gate_that_is_cheaper_than_the_best_rises_instead() -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_many_gates_are_exchanged_for_one(order: int) -> None:
-    """A portion of four frees 8 bytes, which take the other weight from 4 to 8 bits."""
-    more = NodeFacts("more", "aten.linear.default", stored=(Stored("v", 16, "v"),))
-    own = {**many().quantizers, "v": QuantizerFacts("v", Role.WEIGHT, 1, WIDTHS, 16)}
+    """A portion of four frees 8 bytes; the other weight takes 16 from 4 to 8 bits."""
+    more = NodeFacts("more", "aten.linear.default", stored=(Stored("v", 32, "v"),))
+    own = {**many().quantizers, "v": QuantizerFacts("v", Role.WEIGHT, 1, WIDTHS, 32)}
     layers = GraphFacts((*many().nodes, more), own)
-    budget = parse_budget(f"weights <= {4 * MANY + 8}")
-    # the four lose 1 + 2 + 3 + 4
-    for worth, expected in ((9.0, [2] * MANY + [1]), (40.0, [1] * 4 + [2] * (MANY - 4) + [2])):
+    budget = parse_budget(f"weights <= {4 * MANY + 16}")
+    # the least valuable eight lose 1 + 2 + ... + 8 = 36
+    for worth, fallen, level in ((35.0, 0, 1), (100.0, 8, 2)):
         found = begun(layers, budget, [2] * MANY + [1], [*RISING[::order], worth])
         found.exchange()
-        assert found.levels[:MANY][::order].tolist() + found.levels[MANY:].tolist() == expected
+        assert found.levels[:MANY][::order].tolist() == [1] * fallen + [2] * (MANY - fallen)
+        assert found.levels[MANY] == level
         whole = Ledger(layers, budget, found.layout.assignment(found.levels))
         assert found.ledger.totals == whole.totals
 
