@@ -1,7 +1,7 @@
 """Activation memory: peaks and arenas, by hand and against brute force."""
 
-from collections.abc import Sequence
-from itertools import combinations, permutations
+from collections.abc import Callable, Sequence
+from itertools import combinations, count, permutations
 
 import numpy as np
 import pytest
@@ -119,6 +119,46 @@ def test_packings_that_one_order_alone_finds(rows: list[tuple[int, int, int]], p
     graph = facts(*((*row, "x") for row in rows))
     assert cost(ActivationMemory(), graph, {"x": bits(8)}) == peak
     assert cost(Arena(), graph, {"x": bits(8)}) == peak
+
+
+def packed(tensors: Sequence[TensorFacts], order: Sequence[int]) -> Layout:
+    """One by one at the lowest byte that is free while they live; then what lies on what."""
+    placed: dict[int, range] = {}
+    for i in order:
+        others = [own for j, own in placed.items() if meet(tensors[i], tensors[j])]
+        size = tensors[i].elements
+        free = (
+            low for low in count() if all(low + size <= o.start or o.stop <= low for o in others)
+        )
+        low = next(free)
+        placed[i] = range(low, low + size)
+    rows, topmost = list[tuple[int, tuple[int, ...]]](), dict[int, int]()
+    for i in sorted(placed, key=lambda i: (placed[i].start, i)):
+        steps = range(tensors[i].first, tensors[i].last + 1)
+        rows.append((i, tuple(dict.fromkeys(topmost[s] for s in steps if s in topmost))))
+        topmost |= dict.fromkeys(steps, i)
+    return tuple(rows)
+
+
+ORDERS: list[Callable[[TensorFacts], tuple[int, int]]] = [
+    lambda t: (-t.elements, t.first),
+    lambda t: (t.first, -t.elements),
+    lambda t: (-(t.last - t.first), -t.elements),
+    lambda t: (-t.elements * len(range(t.first, t.last + 1)), t.first),
+    lambda t: (-t.last, -t.elements),
+]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_layouts_are_first_fits_in_five_orders(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    first, length = rng.integers(0, 6, 8), rng.integers(0, 4, 8)
+    rows = zip(
+        rng.integers(1, 30, 8).tolist(), first.tolist(), (first + length).tolist(), strict=True
+    )
+    tensors = facts(*((*row, "x") for row in rows)).tensors
+    orders = [sorted(range(8), key=[key(t) for t in tensors].__getitem__) for key in ORDERS]
+    assert layouts(tensors) == tuple(dict.fromkeys(packed(tensors, order) for order in orders))
 
 
 LAYOUTS: list[tuple[list[Row], tuple[Layout, ...]]] = [

@@ -266,6 +266,14 @@ def test_what_a_mixture_of_bits_costs(
     assert model.node_cost(node, NodeBits(pairs, 0)) == pytest.approx(cycles / 2)
 
 
+def test_the_mean_of_equals_is_exact() -> None:
+    """0.1 x 3 / 3 is rounded to more than 0.1."""
+    node = replace(LAYER.nodes[0], macs=1)
+    model = Latency(target_of({(4, 8): 0.1}, clock=1.0))
+    found = [model.node_cost(node, NodeBits(((n, 4, 8),), 0)) for n in range(1, 50)]
+    assert found == [0.1] * 49
+
+
 def test_products_of_activations_move_both_factors() -> None:
     operands = (Operand(Role.ACTIVATION, 6, "q"), Operand(Role.ACTIVATION, 8, "k"))
     node = NodeFacts("scores", "aten.matmul.default", 24, operands)
