@@ -221,6 +221,15 @@ def test_a_controller_goes_on_from_its_state(done: int) -> None:
     assert torch.equal(whole.state_dict()["best"], other.state_dict()["best"])
 
 
+def test_a_long_search_ends_as_well() -> None:
+    controller = toy((10, 30), 0.2, steps=3000)
+    controller.load_state_dict(state_of(controller, taken=2998))
+    feed(controller, 1.0, 2.0)
+    assert not controller.frozen
+    feed(controller, 1.0, 2.0)
+    assert controller.frozen
+
+
 def test_a_state_is_a_copy() -> None:
     controller = toy((10, 30, 5), 0.2, steps=20)
     for _ in range(12):

@@ -32,14 +32,23 @@ SCHEMES = (
 )
 
 
-def layout_of(graph: GraphFacts, rng: random.Random) -> GateLayout:
-    """The gates of a graph, with noise that quarters and more with every level."""
+def layout_of(graph: GraphFacts, rng: random.Random, own: bool = False) -> GateLayout:
+    """The gates of a graph, with noise that quarters and more with every level.
+
+    Args:
+        graph: Whose gates.
+        rng: What the noise is drawn from.
+        own: Whether it is another one for every gate.
+    """
     tables = {}
     for name, q in graph.quantizers.items():
         power = 10 ** rng.uniform(-2, 1)
         noise = [12 * power if b == 0 else power / (2**b - 1) ** 2 for b in q.bit_widths]
         noise = [0.0 if b == 32 else n for b, n in zip(q.bit_widths, noise, strict=True)]
-        tables[name] = RangeTable(torch.zeros(len(noise)), torch.tensor(noise), power)
+        rows = torch.arange(q.gates, dtype=torch.int32) if own else None
+        each = [[n * rng.uniform(0.7, 1.4) for _ in range(q.gates)] for n in noise]
+        table = torch.tensor(each if own else noise)
+        tables[name] = RangeTable(torch.zeros(len(noise)), table, power, rows)
     return GateLayout.of(graph.quantizers, tables)
 
 
@@ -78,7 +87,7 @@ def test_result_satisfies_and_no_gate_can_be_raised(
     for name, share in zip(("bops", "weights"), shares, strict=True):
         low, high, reference = ends(graph, name)
         limits.append(constraint(name, max(low + share * (high - low), 1.0), reference, False))
-    budget, layout = Budget(tuple(limits)), layout_of(graph, rng)
+    budget, layout = Budget(tuple(limits)), layout_of(graph, rng, own=True)
     count = layout.count.numpy()
     starts = {"top": count - 1, "bottom": count * 0, "random": count * rng.random()}
     weight = np.array([10 ** rng.gauss(0, 2) for _ in count])
