@@ -15,6 +15,7 @@ from cgmq_fx.cost_models import (
     Ledger,
     NodeBits,
     NodeFacts,
+    TensorFacts,
     check_cost_models,
     check_feasible,
     cost_model,
@@ -32,7 +33,7 @@ from cgmq_fx.cost_models.errors import (
     UnknownCostError,
 )
 from cgmq_fx.cost_models.preflight import dominating
-from tests.cost_helpers import bits, graph, linear, two_layers
+from tests.cost_helpers import bits, graph, linear, quantizer, two_layers
 
 
 @pytest.fixture(autouse=True)
@@ -316,6 +317,22 @@ def test_equal_costs_and_zero_keep_the_contract() -> None:
     check_cost_models(ONE_LAYER, Budget((Table(dict.fromkeys(FINE, 0.0)) <= 1.0,)))
     with pytest.raises(CostModelError, match="gives -1e-09 with everything at 32 bits"):
         check_cost_models(ONE_LAYER, Budget((Table({**FINE, 32: -1e-9}) <= 1.0,)))
+
+
+def test_a_cost_of_nodes_does_not_depend_on_tensors() -> None:
+    """Of the two quantizers, a node reads one, and a tensor is on the grid of the other."""
+
+    class Widest(Wires):
+        additive = False
+
+        def graph_cost(self, graph: GraphFacts, bits: GraphBits) -> float:
+            return max(b.weight for b in bits.nodes)
+
+    own = {"w": quantizer("w"), "t": quantizer("t")}
+    tensors = (TensorFacts("t", 8, 0, 0, "t"),)
+    facts = GraphFacts((linear("fc", "w", None),), own, tensors=tensors)
+    budget = Budget((Widest() <= 9.0, *parse_budget("activations <= 1 kB")))
+    assert relevance(facts, budget) == {"w": (True, False), "t": (False, True)}
 
 
 def test_each_constraint_has_a_relevance_of_its_own() -> None:

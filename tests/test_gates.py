@@ -8,7 +8,7 @@ from torch import Tensor
 from cgmq_fx import OptionError
 from cgmq_fx.calibrate import RangeTable
 from cgmq_fx.cost_models import QuantizerFacts, Role
-from cgmq_fx.directions import DIRECTIONS, GateView, direction_of, speeds
+from cgmq_fx.directions import DIRECTIONS, Direction, GateView, direction_of, speeds
 from cgmq_fx.gates import GateLayout, Levels, level_of
 
 FACTS = {
@@ -228,6 +228,18 @@ def test_directions_are_finite_where_nothing_is_lost_or_taken(name: str) -> None
         assert bool(found.isfinite().all())
     assert float(own.fall(empty).min()) > 1e29
     assert own.sensitivity(empty).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("missing", ["fall", "rise", "sensitivity"])
+def test_a_direction_of_ones_own_has_three_rules(missing: str) -> None:
+    rules = {n: lambda self, view: view.rows[0] for n in ("fall", "rise", "sensitivity")}
+    whole: type[Direction] = type("Whole", (Direction,), {"name": "whole", **rules})
+    assert whole().fall(view()).tolist() == [2, 6]
+    assert not whole.measured
+    del rules[missing]
+    part = type("Part", (Direction,), {"name": "part", **rules})
+    with pytest.raises(TypeError, match=f"abstract method '?{missing}"):
+        part()
 
 
 def test_an_unknown_direction_is_refused() -> None:

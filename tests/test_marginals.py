@@ -134,6 +134,9 @@ def test_what_is_violated_counts_at_once() -> None:
     bops = Case(MIXED, parse_budget("bops <= 20%"), steps=1000).at(0)
     assert taken == pytest.approx([a + b for a, b in zip(weights[1], bops[1], strict=True)])
     assert freed == pytest.approx([a + b for a, b in zip(weights[0], bops[0], strict=True)])
+    case.move(case.levels + 2)
+    assert case.at(3) == [pytest.approx(bops[0]), taken]
+    assert case.at(4) == [pytest.approx(bops[0]), taken]
 
 
 MANY = 40
