@@ -313,6 +313,23 @@ def test_only_three_other_quantizers_are_named() -> None:
             check_cost_models(facts, Budget((Falling() <= 1e9,)))
 
 
+@pytest.mark.parametrize(("step", "message"), [(1, "gives 1 and then 4"), (-1, "gives 99 and")])
+def test_the_same_bits_cost_the_same_again(step: int, message: str) -> None:
+    class Seen(Wires):
+        """Another cost every time that all have 2 bits; all else costs the same."""
+
+        cost = 100 if step < 0 else 0
+
+        def node_cost(self, node: NodeFacts, bits: NodeBits) -> float:
+            if (bits.weight, bits.activation) != (2, 2):
+                return 200.0
+            self.cost += step
+            return float(self.cost)
+
+    with pytest.raises(CostModelError, match=f"'wires' {message} .* depend on hidden state"):
+        check_cost_models(ONE_LAYER, Budget((Seen() <= 1e9,)))
+
+
 def test_equal_costs_and_zero_keep_the_contract() -> None:
     check_cost_models(ONE_LAYER, Budget((Table(dict.fromkeys(FINE, 0.0)) <= 1.0,)))
     with pytest.raises(CostModelError, match="gives -1e-09 with everything at 32 bits"):
