@@ -128,6 +128,8 @@ EXCHANGED = [
     ((1, 2, 1), [0, 2, 1], 22, [1.0, 0.1, 1.0], [2, 0, 2]),
     # 8 bytes are missing: the second falls for 4, then the third for 16, and the second may rise
     ((2, 1, 4), [1, 2, 2], 48, [5.0, 0.1, 1.0], [2, 2, 1]),
+    # 0.7 + 2.9 for 3.602 would save too little, but 0.7 is given back
+    ((2, 1, 4), [1, 2, 2], 48, [3.602, 0.7, 2.9], [2, 2, 1]),
 ]
 
 

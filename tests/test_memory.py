@@ -13,7 +13,10 @@ from cgmq_fx.cost_models import (
     ActivationMemory,
     Arena,
     BitArray,
+    Budget,
     GraphFacts,
+    Ledger,
+    NodeFacts,
     QuantizerFacts,
     Role,
     TensorFacts,
@@ -204,6 +207,15 @@ def test_an_arena_plans_one_graph_after_the_other() -> None:
         assignment = graph_bits(graph, dict.fromkeys("xa", bits(8)) | {"a": bits(4)})
         assert model.graph_cost(graph, assignment) == size
         assert len(model.plan(graph, assignment).allocations) == len(graph.tensors)
+
+
+@pytest.mark.parametrize("model", [ActivationMemory(), Arena()])
+def test_no_node_has_a_share_of_a_peak(model: ActivationMemory | Arena) -> None:
+    node = NodeFacts("fc", "aten.linear.default", 12, output_elements=3)
+    graph = GraphFacts((node,), CHAIN.quantizers, tensors=CHAIN.tensors)
+    ledger = Ledger(graph, Budget((model <= 1.0,)), {"x": bits(8), "a": bits(4)})
+    assert ledger.node_costs(0) == (0,)
+    assert ledger.totals == (200,)
 
 
 NET_PEAKS = {
