@@ -12,6 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from cgmq_fx.bias_room import with_room_for_biases
 from cgmq_fx.calibrate import RangeTable, calibrate, unchanged_buffers
 from cgmq_fx.controller import Controller
 from cgmq_fx.cost_models import (
@@ -290,7 +291,8 @@ class Prepared:
         own = self._quantizers
         inputs = frozenset(self.parameter_names) & frozenset(own)
         with unchanged_buffers(self.model):
-            return calibrate(self.model, own, batches, inputs)
+            tables = calibrate(self.model, own, batches, inputs)
+        return with_room_for_biases(self.model, own, tables)
 
     def _controlled(self, tables: Mapping[str, RangeTable]) -> Controller:
         self._tables = tables

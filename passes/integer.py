@@ -233,9 +233,10 @@ class _Simulator(Interpreter):
         step = step * first.step.reshape(())
         if bias is not None:
             added = _single(bias)
-            if added is None or not _same_grid(added.step, step, op):
+            times = None if added is None else _multiple(added.step, step)
+            if added is None or times is None:
                 return None
-            codes = codes + _spread(added.codes, codes.dim(), op)
+            codes = codes + _spread(added.codes * times, codes.dim(), op)
         self.largest = max(self.largest, float(codes.abs().max()) if codes.numel() else 0.0)
         return (Part(codes, step),)
 
@@ -254,9 +255,11 @@ def _output_step(node: Node, op: ComputeOp, weight: Part) -> Tensor | None:
     return flat if op.layout is Layout.LINEAR else flat.reshape(1, -1, *[1] * (rank - 2))
 
 
-def _same_grid(step: Tensor, other: Tensor, op: ComputeOp) -> bool:
-    first, second = torch.broadcast_tensors(step.reshape(-1), other.reshape(-1))
-    return bool(((first - second).abs() <= _SAME_GRID * second).all())
+def _multiple(step: Tensor, of: Tensor) -> Tensor | None:
+    """How many of the steps of a sum are one step of its bias, powers of two; None if none are."""
+    ratio = step.reshape(-1) / of.reshape(-1)
+    times = ratio.log2().round().clamp(min=0.0).exp2()
+    return times if bool(((ratio - times).abs() <= _SAME_GRID * times).all()) else None
 
 
 def _spread(bias: Tensor, rank: int, op: ComputeOp) -> Tensor:

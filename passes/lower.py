@@ -20,7 +20,13 @@ from cgmq_fx.passes.grid import PASS_THROUGH, finest_step, grid
 from cgmq_fx.passes.infra import Pass, PassResult, place, run_passes
 from cgmq_fx.passes.opaque import OpaqueCall
 from cgmq_fx.passes.optable import argument
-from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer, TrainingFlag
+from cgmq_fx.passes.quantizer import (
+    BiasQuantizer,
+    Quantizer,
+    TrainingFlag,
+    bias_codes,
+    bias_step,
+)
 from cgmq_fx.passes.shapes import PropagateShapes
 from cgmq_fx.passes.state import drop_unused_state, quantizer_name, reachable_from_inputs
 
@@ -169,7 +175,9 @@ class _Lowering:
     def _bias(self, node: Node, quantizer: BiasQuantizer) -> Node:
         """An int32 tensor on the grid of the accumulator."""
         step = _accumulator_step(quantizer, *map(self._evaluate, node.all_input_nodes[1:]))
-        codes = (self._evaluate(node) / step).round().to(torch.int32)
+        bias = self._evaluate(node)
+        step = bias_step(step, bias)
+        codes = bias_codes(bias, step).to(torch.int32)
         return self._constant(node, f"{quantizer_name(node)}_bias", codes, step)
 
     def _constant(self, node: Node, name: str, codes: Tensor, step: Tensor) -> Node:

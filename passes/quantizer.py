@@ -16,7 +16,7 @@ from cgmq_fx.passes.kernel import Statistic, fake_quantize, fake_quantize_backwa
 from cgmq_fx.passes.processes import Averages, average_across_processes, process_count
 from cgmq_fx.passes.recompute import remember
 
-_INT32_CODES = 2147483520.0  # the largest float32 below 2^31
+INT32_CODES = 2147483520.0  # the largest float32 below 2^31
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +177,37 @@ def kept_channels(bits: Tensor, axis: int) -> Tensor:
     return kept.movedim(axis, 0).reshape(kept.shape[axis], -1).any(1)
 
 
+def bias_step(step: Tensor, bias: Tensor) -> Tensor:
+    """The grid of a bias: that of its accumulator, or the next coarser one by powers of two.
+
+    Args:
+        step: Input step times weight step, one element or one per channel, not zero.
+        bias: Shape (channels,).
+
+    Returns:
+        The step with which int32 holds the bias, of the shape of `step`, of the type of `bias`.
+    """
+    step = step.to(bias.dtype)
+    excess = bias.detach().abs() / (step * INT32_CODES)
+    if step.numel() == 1:
+        excess = excess.amax(0, keepdim=True) if excess.numel() else excess.new_zeros(1)
+    return step * excess.log2().ceil().clamp(min=0.0).exp2()
+
+
+def bias_codes(bias: Tensor, step: Tensor) -> Tensor:
+    """Whole numbers of steps that are nearest to a bias, within int32."""
+    return (bias / step).round_().clamp_(-INT32_CODES, INT32_CODES)
+
+
 @final
 class BiasQuantizer(nn.Module):
     """Rounds a bias to the int32 grid of its accumulator: input step times weight step.
 
     Runtimes do this silently to a float bias; doing it during training makes the trained network
-    the one that runs. Straight-through gradient; where an operand is float, the bias passes. Where
-    all weights of a channel have 0 bits, its bias is zero as well: the channel is pruned.
+    the one that runs. A bias that is too large for int32 there (products of 16 by 16 bits have fine
+    steps) lies on a grid that is coarser by a power of two. Straight-through gradient; where an
+    operand is float, the bias passes. Where all weights of a channel have 0 bits, its bias is zero
+    as well: the channel is pruned.
 
     Args:
         input_signed: Whether the input's grid has codes below zero.
@@ -226,8 +250,8 @@ class BiasQuantizer(nn.Module):
             step = self._step(input_log_range, input_bits, self.input_signed)
             step = step * self._step(weight_log_range, weight_bits, self.weight_signed)
             wide = bias if bias.dtype is torch.float64 else bias.float()  # codes exceed float16
-            safe = torch.where(step > 0, step, torch.ones_like(step)).to(wide.dtype)
-            codes = (wide / safe).round_().clamp_(-_INT32_CODES, _INT32_CODES)
+            safe = bias_step(torch.where(step > 0, step, torch.ones_like(step)), wide)
+            codes = bias_codes(wide, safe)
             change = torch.where(step > 0, codes * safe - wide, torch.zeros_like(wide))
         rounded = bias + change.detach().to(bias.dtype)
         if self.axis is None:

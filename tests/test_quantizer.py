@@ -193,10 +193,22 @@ def test_a_bias_passes_where_an_operand_is_float(weight_bits: int, input_bits: i
     assert torch.equal(rounded(bias, quantizer(weight_bits), input_bits), bias)
 
 
-def test_a_bias_stays_within_32_bits() -> None:
-    step = 0.5 / 65535 / 65535  # 5 would be code 4.3e10
-    found = rounded(torch.tensor([5.0, -5.0]), quantizer(16), 16)
-    assert found.tolist() == pytest.approx([2**31 * step, -(2**31) * step], rel=1e-6)
+def test_a_bias_beyond_32_bits_is_on_a_coarser_grid() -> None:
+    step = 2 * 0.5 / 65535 / 65535  # 5 would be code 2.1e10
+    bias = torch.tensor([5.0, -5.0, 0.2, 3 * step], dtype=torch.float64)
+    found = rounded(bias, quantizer(16).double(), 16)
+    assert (found / (16 * step)).tolist() == pytest.approx([*((bias / step / 16).round().tolist())])
+    assert found[:3].tolist() == pytest.approx([5.0, -5.0, 0.2], rel=1e-7)
+    assert found[3] == 0.0
+    largest = float(found.abs().max()) / step
+    assert largest / 16 < 2**31 < largest / 8
+
+
+def test_channels_have_coarser_grids_of_their_own() -> None:
+    weight = quantizer(16, ranges=(3, 1))
+    weight.log_range.detach().copy_(torch.tensor([[1.0], [1.0], [1e-6]]).log())
+    bias = torch.tensor([0.7, 9.0, 9.0])
+    assert rounded(bias, weight, 16).tolist() == pytest.approx(bias.tolist(), rel=1e-7)
 
 
 @pytest.mark.parametrize("bits", [2, 8, 32])
