@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from cgmq_fx import DataError, ExportError, export, register_exporter
+from cgmq_fx import DataError, ExportError, OptionError, export, prepare, register_exporter
 from cgmq_fx.exporters import Exporter, Source, exporters, find_exporter
 from cgmq_fx.exporters import exporter as registry
 from cgmq_fx.exporters.agreement import compare, outputs_of, trial_batches
@@ -45,6 +46,44 @@ def test_what_computes_something_else_is_not_left_behind(
     with pytest.raises(ExportError, match=r"does not compute what the model computes.*removed"):
         deployed("mlp").export(tmp_path / "net.broken")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_draws_random_numbers_is_told_so(tmp_path: Path) -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            z: Tensor = self.second(y + torch.randn_like(y))
+            return z
+
+    result = prepare(Noisy(), "bops <= 100%", torch.rand(8, 4)).finalize()
+    with pytest.raises(ExportError, match="itself: randn_like draws random numbers"):
+        result.export(tmp_path / "net.safetensors")
+
+
+def test_integers_that_are_not_the_model_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(module: GraphModule, inputs: ExampleInputs, offset: bool = False) -> GraphModule:
+        found = lower(module, inputs, offset)
+        codes = next(t for n, t in found.named_buffers() if n.endswith("_bias_codes"))
+        codes.neg_()
+        return found
+
+    monkeypatch.setattr(registry, "lower", wrong)
+    with pytest.raises(ExportError, match=r"do not compute what it computes itself \("):
+        deployed("mlp").export(tmp_path / "net.safetensors")
+
+
+def test_what_does_not_fit_is_told_before_a_runtime_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the model fails on the samples: .*shape"):
+        deployed("mlp").export(tmp_path / "net.safetensors", samples=[torch.rand(2, 5)])
+    with pytest.raises(OptionError, match="export takes what quantize gave, not NoneType"):
+        export(None, tmp_path / "net.onnx")  # type: ignore[arg-type]
+    assert deployed("mlp").export(tmp_path / "NET.SAFETENSORS").format == "safetensors"
 
 
 def test_a_file_that_was_there_survives_a_failure(broken: type[Exporter], tmp_path: Path) -> None:

@@ -9,12 +9,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cgmq_fx.cost_models.errors import CgmqError, ExportError
+import torch
+from torch.fx import Node
+
+from cgmq_fx.cost_models.errors import CgmqError, DataError, ExportError, OptionError
 from cgmq_fx.data import Signature, calibration_batches
-from cgmq_fx.exporters.agreement import Agreement, compare, trial_batches
+from cgmq_fx.exporters.agreement import Agreement, Reference, outputs_of, trial_batches
 from cgmq_fx.exporters.certificate import Certificate, certify, manifest_of
 from cgmq_fx.exporters.exporter import Exporter, Source, find_exporter, in_float32
 from cgmq_fx.passes.capture import ExampleInputs
+from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.result import Result
 
 _SAMPLES = 32
@@ -71,12 +75,15 @@ def export(
         What was written, and how well it agrees.
 
     Raises:
+        OptionError: If `result` is none.
         ExportError: If there is no such format, a package is missing, the format cannot express
             the graph, the file cannot be written, or the runtime computes something else.
         UnsupportedModelError: If the graph cannot be lowered to integers, whatever the format.
         DataError: If `samples` do not fit the model.
         BoundError: If the file, counted on its own, costs more than the budget allows.
     """
+    if not isinstance(result, Result):
+        raise OptionError(f"export takes what quantize gave, not {type(result).__name__}")
     path = Path(path)
     exporter = find_exporter(path, format)
     exporter.check_installed()
@@ -109,13 +116,35 @@ def _verified(
         raise
     except Exception as error:
         raise ExportError(f"the runtime of {exporter.name!r} refuses the file: {error}") from error
-    agreement = compare(source.lowered, found, batches)
+    reference = Reference(source.lowered, batches)
+    _check_lowered(source, reference)
+    agreement = reference.compare(found)
     if not agreement.holds:
         raise ExportError(
             f"the file runs, but does not compute what the model computes: {agreement}; it was "
             "removed"
         )
     return agreement
+
+
+def _check_lowered(source: Source, reference: Reference) -> None:
+    """Insist that the integers, which files are compared with, compute what the model computes.
+
+    Raises:
+        ExportError: If they do not, naming the ops that draw random numbers, if there are any.
+    """
+    agreement = reference.compare(outputs_of(copy_graph(source.frozen), reference.batches))
+    if agreement.holds:
+        return
+    drawn = [node for node in source.lowered.graph.nodes if _draws(node)]
+    reason = f": {', '.join(n.name for n in drawn)} draws random numbers" if drawn else ""
+    raise ExportError(
+        f"the integers of the model do not compute what it computes itself{reason} ({agreement})"
+    )
+
+
+def _draws(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _given(source: Source, samples: Iterable[Any]) -> list[ExampleInputs]:
@@ -125,4 +154,9 @@ def _given(source: Source, samples: Iterable[Any]) -> list[ExampleInputs]:
     found = calibration_batches(
         samples, signature, supervised=False, count=_SAMPLE_BATCHES, device=device
     )
-    return [batch.map(lambda t: t.float() if t.is_floating_point() else t) for batch in found]
+    batches = [batch.map(lambda t: t.float() if t.is_floating_point() else t) for batch in found]
+    try:
+        outputs_of(copy_graph(source.frozen), batches)
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        raise DataError(f"the model fails on the samples: {error}") from error
+    return batches

@@ -82,16 +82,17 @@ class Source:
     @cached_property
     def lowered(self) -> GraphModule:
         """The lowered graph, on the CPU; signed codes in signed containers. Not to be edited."""
-        return lower(self._on_cpu, self.inputs)
+        return lower(self.frozen, self.inputs)
 
     @cached_property
     def lowered_with_offset(self) -> GraphModule:
         """The same with the codes of signed activations in unsigned containers."""
-        return lower(self._on_cpu, self.inputs, offset=True)
+        return lower(self.frozen, self.inputs, offset=True)
 
     @cached_property
-    def _on_cpu(self) -> GraphModule:
-        return copy_graph(self.result.model).cpu()
+    def frozen(self) -> GraphModule:
+        """The quantized model itself, on the CPU, for evaluation. Not to be edited."""
+        return copy_graph(self.result.model).cpu().eval()
 
 
 class FileCost(ABC):
@@ -210,7 +211,7 @@ def find_exporter(path: Path, name: str | None) -> Exporter:
             raise ExportError(f"there is no format {name!r}; there are {', '.join(known)}")
         return known[name]
     for exporter in known.values():
-        if path.suffix == exporter.suffix:
+        if path.suffix.lower() == exporter.suffix:
             return exporter
     suffixes = dict.fromkeys(e.suffix for e in known.values())
     raise ExportError(
