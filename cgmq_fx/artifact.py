@@ -74,6 +74,8 @@ def save(result: Result, path: Path, packed: bool = False) -> Path:
         "parameters": sorted(n for n, _ in result.model.named_parameters(remove_duplicate=False)),
         "packed": entries,
     }
+    kinds = _captured_kinds(result.model)
+    state = {n: t.to(kinds[n]) if n in kinds else t for n, t in state.items()}
     tensors = {
         tensor_path(name): t.detach().cpu().contiguous().clone()
         for name, t in (state | codes).items()
@@ -92,6 +94,23 @@ def save(result: Result, path: Path, packed: bool = False) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _captured_kinds(model: GraphModule) -> dict[str, torch.dtype]:
+    """The types that tensors had when the model was captured, whatever it was converted to since.
+
+    The graph states them, and would not run with others.
+    """
+    found = {
+        f"{name}.log_range": torch.float32
+        for name, module in model.named_modules()
+        if isinstance(module, Quantizer)
+    }
+    for node in model.graph.find_nodes(op="get_attr"):
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.is_floating_point():
+            found[str(node.target)] = value.dtype
+    return found
 
 
 def check_kept(model: GraphModule) -> None:

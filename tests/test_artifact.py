@@ -85,6 +85,19 @@ def test_inputs_outputs_and_state_of_every_kind_survive(name: str, tmp_path: Pat
     assert str(loaded) == str(result)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_model_that_was_converted_is_kept_as_it_was_captured(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    result = quantized(NETS["cnn"])
+    inputs = result.inputs.tensors[0]
+    expected = result.model(inputs)
+    result.model.to(dtype)
+    found = load(result.save(tmp_path / "net.safetensors")).model
+    assert {p.dtype for p in found.parameters()} == {torch.float32}
+    torch.testing.assert_close(found(inputs), expected, rtol=0.05, atol=0.05)
+
+
 def test_a_loaded_model_switches_modes_and_trains(tmp_path: Path) -> None:
     model = load(quantized(NETS["mlp"]).save(tmp_path / "a")).model
     inputs = NETS["mlp"].inputs(4)
