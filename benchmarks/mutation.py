@@ -42,11 +42,11 @@ NONE = "none"
 OWN = "test_own_loops_keep_their_state"
 
 TESTS = {
-    "cost_models/target.py": ["target_files", "target", "parse"],
+    "cost_models/target.py": ["target_files", "target", "parse", "constraint"],
     "cost_models/tables.py": ["target", "promises", "cost_model"],
     "cost_models/parse.py": ["parse", "constraint", "target", "ledger"],
-    "cost_models/memory.py": ["memory", "ledger", "marginals", "promises"],
-    "cost_models/bits.py": ["bits", "costs", "ledger", "memory", "cost_model"],
+    "cost_models/memory.py": ["memory", "ledger", "marginals", "promises", "constraint"],
+    "cost_models/bits.py": ["bits", "costs", "ledger", "memory", "cost_model", "constraint"],
     "cost_models/constraint.py": ["constraint", "parse", "ledger", "cost_model", "costing"],
     "cost_models/preflight.py": ["cost_model", "promises", "ledger", "parse", "costing"],
     "cost_models/ledger.py": ["ledger", "marginals", "greedy", "cost_model", "costing", "moves"],
@@ -57,12 +57,11 @@ TESTS = {
     "cost_models/errors.py": ["constraint", "parse", "cost_model", "user_errors", "wrong"],
     "cgmq_fx/projection.py": ["greedy", "projection", "oracle", "search"],
     "cgmq_fx/controller.py": ["moves", "controller", "search", "distortion", f"checkpoint::{OWN}"],
-    "cgmq_fx/gates.py": ["gates", "moves", "controller", "distortion", "search", "projection"],
+    "cgmq_fx/gates.py": ["gates", "constraint", "moves", "controller", "distortion", "projection"],
     "cgmq_fx/marginals.py": ["marginals", "moves", "controller", "search", f"checkpoint::{OWN}"],
     "cgmq_fx/directions.py": ["gates", "moves", "controller", "search", "distortion"],
 }
 """By module, what notices fast first."""
-
 
 Place: TypeAlias = tuple[int, int]
 """Line and column."""

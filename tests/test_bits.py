@@ -111,6 +111,14 @@ def test_gates_that_meet_nothing_pruned_are_not_idle() -> None:
     assert list(idle_gates(node, {"w": bits(*[2] * 12), "x": bits(0, 0, 0, 0)})) == []
 
 
+def test_the_one_gate_of_a_tensor_is_not_idle() -> None:
+    """The layer that is read has a single channel, which is pruned."""
+    pruned = Operand(Role.ACTIVATION, 1, "a", (1, 1, 1), Pruning("m", (1, 1, 1)))
+    operands = (Operand(Role.WEIGHT, 2, "w"), pruned)
+    node = NodeFacts("fc", "aten.linear.default", 2, operands)
+    assert list(idle_gates(node, {"w": bits(4), "a": bits(8), "m": bits(0)})) == []
+
+
 # A bias of 12 bytes over 3 channels; weights of 6 elements in 3 slices.
 SHORTER = [
     (None, [2, 4, 8], 3 * 4),

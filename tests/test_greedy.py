@@ -256,6 +256,16 @@ def test_some_gate_that_fits_is_found_among_many(gates: int, cheap: int) -> None
     assert raised[0] >= cheap
 
 
+def test_what_each_fall_loses_and_frees() -> None:
+    """From 8 to 4 bits, and from 4 to 2; what is freed is a share of the bounds."""
+    budget = parse_budget("weights <= 16, weights[w0] <= 5")
+    found = begun(stored(1, 2, 1), budget, [2, 1, 0], [3.0, 5.0, 7.0])._falls()
+    assert found.moves == [(0, 2), (1, 1)]
+    assert found.owner.tolist() == [0, 1]
+    assert found.loss.tolist() == [3 * 1, 5 * 8]
+    assert found.freed.tolist() == [[4 / 16, 4 / 5], [4 / 16, 0]]
+
+
 def test_the_estimate_of_what_has_to_fall() -> None:
     """A floor: the last of the moves that are needed, perhaps for a part, does not count."""
     moves = [(0, 1), (1, 2), (1, 1), (2, 2)]
