@@ -44,6 +44,9 @@ from cgmq_fx.runtime_ops import (
 _CONTAINER = tuple(range(2, 9))
 """Bit-widths of codes that a runtime with 8-bit tensors holds."""
 
+_PRUNED = (0, *_CONTAINER)
+"""The same where nothing may be left of a tensor or a channel."""
+
 Trial: TypeAlias = Callable[[Captured], str | None]
 """Tries a captured float graph in a runtime: what speaks against it, or None."""
 
@@ -174,7 +177,9 @@ class Preset:
         wide = sorted({*scheme.bit_widths, *weights, *layers, *ends} - {*self.widths})
         if wide:
             listed = ", ".join(map(str, wide))
-            raise self._refused(f"{listed} bits", f"{self.widths[0]} to {self.widths[-1]} bits")
+            few = [bits for bits in self.widths if bits]
+            none = "0 or " if 0 in self.widths else ""
+            raise self._refused(f"{listed} bits", f"{none}{few[0]} to {few[-1]} bits")
         if scheme.weights not in self.weights:
             raise self._refused(f"weights={scheme.weights!r}", f"weights of {self.weights}")
         needed = [("activations", "tensor")]
@@ -205,8 +210,11 @@ def float_op(node: Node) -> str:
 
 
 def _nest(widths: Sequence[int]) -> bool:
-    """Whether every grid is part of the next finer one: 2^a - 1 divides 2^b - 1 iff a divides b."""
-    return all(b % a == 0 for a, b in pairwise(widths))
+    """Whether every grid is part of the next finer one: 2^a - 1 divides 2^b - 1 iff a divides b.
+
+    The one of 0 bits, which is zero, is part of all.
+    """
+    return all(b % a == 0 for a, b in pairwise(widths) if a)
 
 
 def _in_onnx(captured: Captured) -> str | None:
@@ -230,6 +238,7 @@ PRESETS = {
             "ONNX Runtime on its fast integer kernels: weights of at most 7 bits, the rest of 8.",
             ("onnx",),
             _FAST,
+            widths=_PRUNED,
             ops=ONNXRUNTIME,
             trial=_in_onnx,
             bytes_only=True,

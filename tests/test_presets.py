@@ -20,6 +20,7 @@ from cgmq_fx.exporters import exporters
 from cgmq_fx.exporters.onnx_file import Portable
 from cgmq_fx.passes.capture import Captured
 from cgmq_fx.passes.inputs import ExampleInputs
+from cgmq_fx.passes.scheme import Granularity
 from cgmq_fx.prepared import float_graph
 from cgmq_fx.presets import NONE, deployment, float_op
 from tests.deploy_nets import float_net, inputs_of
@@ -66,6 +67,7 @@ KEPT: list[tuple[str, dict[str, Any]]] = [
     ("onnxruntime", {"bit_widths": (2, 3, 8), "weight_widths": (2, 4)}),
     ("onnxruntime", {"weights": "channel", "input_bits": 8}),
     ("onnxruntime", {"weight_widths": (5, 8)}),
+    ("onnxruntime", {"bit_widths": (0, 2, 4, 8), "weights": "element", "weight_widths": (0, 4, 8)}),
     ("xnnpack", {"weight_ranges": "tensor", "power_of_two": True}),
     ("xnnpack", {"weights": "element", "bit_widths": (2, 3, 8), "power_of_two": True}),
     ("litert", {"bit_widths": (8,), "output_bits": 4}),
@@ -85,9 +87,9 @@ def test_weights_have_the_widths_that_are_named_or_that_nest(options: dict[str, 
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("onnxruntime", {"bit_widths": (2, 8, 16)}, "execute 16 bits; it takes 2 to 8 bits"),
+    ("onnxruntime", {"bit_widths": (2, 8, 16)}, "execute 16 bits; it takes 0 or 2 to 8"),
     ("xnnpack", {"bit_widths": (8, 32)}, "execute 32 bits"),
-    ("litert", {"bit_widths": (0, 8)}, "execute 0 bits"),
+    ("litert", {"bit_widths": (0, 8)}, "execute 0 bits; it takes 2 to 8 bits"),
     ("fpga", {"input_bits": 32}, "execute 32 bits"),
     ("xnnpack", {"output_bits": 16}, "execute 16 bits"),
     ("litert", {"weight_widths": (4, 16)}, "execute 16 bits"),
@@ -271,6 +273,28 @@ def test_quantize_trains_under_a_preset() -> None:
     assert len(own) == 5  # two inputs, two weights, one output
     assert all(q.spec.power_of_two and q.log_range.numel() == 1 for q in own.values())
     assert all(int(q.bits.max()) <= 8 for q in own.values())
+
+
+@pytest.mark.parametrize("weights", ["tensor", "channel", "element"])
+def test_what_was_pruned_for_onnxruntime_can_be_exported(
+    weights: Granularity, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    scheme = Scheme((0, 2, 4, 8), weights=weights, weight_widths=(0, 2, 4, 8))
+    inputs = inputs_of("separable", 4).tensors[0]
+    result = cgmq_fx.quantize(
+        float_net("separable"),
+        "bops <= 0.2%",
+        example_inputs=inputs,
+        epochs=0,
+        scheme=scheme,
+        target="onnxruntime",
+        progress=False,
+    )
+    assert any((bits == 0).any() for bits in result.cost.assignment.values())
+    exported = result.export(tmp_path / "net.onnx")
+    assert exported.agreement is not None
+    assert exported.agreement.largest <= 1.0
 
 
 def test_prepare_trains_under_a_preset_and_counts_a_chip() -> None:
