@@ -97,6 +97,42 @@ INDEXED: dict[str, Callable[[Any, Tensor], Any]] = {
 }
 
 
+def _pairs(m: Any, x: Tensor) -> Tensor:
+    first, second = m.inner(x[:, 0]), m.inner(x[:, 1])
+    alike = F.cosine_similarity(first, second).unsqueeze(1)
+    return m.out(torch.cat([(first - second).abs(), alike], 1))  # type: ignore[no-any-return]
+
+
+def _encoder() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(36, 16)),
+    )
+
+
+MEMORY: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "statistics of the batch": (
+        Given(
+            lambda m, x: m.out(F.relu(m.norm(m.inner(x)))),
+            inner=nn.Linear(4, 16),
+            norm=nn.BatchNorm1d(16, track_running_stats=False),
+            out=nn.Linear(16, 3),
+        ),
+        (4,),
+    ),
+    "norm behind the activation": (
+        Given(
+            lambda m, x: m.out(m.norm(F.silu(m.inner(x)))),
+            inner=nn.Linear(4, 16),
+            norm=nn.BatchNorm1d(16),
+            out=nn.Linear(16, 3),
+        ),
+        (4,),
+    ),
+    "one encoder for two": (Given(_pairs, inner=_encoder(), out=nn.Linear(17, 1)), (2, 1, 6, 6)),
+}
+
+
 def assert_file_costs_as_counted(
     net: nn.Module, shape: tuple[int, ...], folder: Path, batch: int = 8, budget: str = BUDGET
 ) -> None:
@@ -128,3 +164,8 @@ def test_indices_may_stand_anywhere(name: str, tmp_path: Path) -> None:
     net = Given(INDEXED[name], inner=nn.Linear(4, 6))
     net.register_buffer("index", torch.tensor([0, 2, 3]))
     assert_file_costs_as_counted(net, (4,), tmp_path)
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_a_file_needs_no_more_memory_than_its_graph(name: str, tmp_path: Path) -> None:
+    assert_file_costs_as_counted(*MEMORY[name], tmp_path)

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.exporters.cost_graph import Array, CostGraph, Counted, Manifest, Shape
+from cgmq_fx.exporters.pt2_norms import compose_norms
 from cgmq_fx.graph_json import graph_from_json
 from cgmq_fx.passes.inputs import ExampleInputs
 from cgmq_fx.passes.shapes import PropagateShapes
@@ -79,6 +80,7 @@ def read_pt2(path: Path) -> Counted:
         raise ArtifactError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     try:
         inputs = _inputs(program, manifest.batch)
+        compose_norms(module)
         PropagateShapes(inputs, trusted=False).run(module)
         graph, outputs = _Reader(module, names, manifest).read()
     except ArtifactError:
@@ -262,6 +264,7 @@ class _Reader:
         self._manifest = manifest
         self._graph = CostGraph()
         self._made: dict[Node, Any] = {}
+        self._grids: dict[tuple[Any, ...], Any] = {}
 
     def read(self) -> tuple[CostGraph, list[Node]]:
         """Walk through the nodes in order."""
@@ -310,7 +313,11 @@ class _Reader:
         if own is None or not np.array_equal(own.ravel(), step.ravel()):
             raise ArtifactError(f"{node} rounds to another grid than its codes are read on")
         layout = self._manifest.layout(name)
-        return self._graph.activation(self._value(source), *limits, step, layout)
+        made = self._graph.activation(self._value(source), *limits, step, layout)
+        if made.op == "call_module" and name:  # two tensors on one grid have one quantizer
+            grid = (name, *(end.tobytes() for end in limits))
+            made.target = self._grids.setdefault(grid, made.target)
+        return made
 
     def _stored(self, codes: Node, step: Array) -> Node:
         values = self._constant(codes)
