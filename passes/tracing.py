@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from cgmq_fx.cost_models.errors import CaptureError
 from cgmq_fx.passes.copying import copy_model
 from cgmq_fx.passes.inputs import ExampleInputs
+from cgmq_fx.passes.portable import portable
 
 
 def trace(model: nn.Module, inputs: ExampleInputs, dynamic: bool) -> GraphModule:
@@ -119,7 +120,7 @@ def plain(program: ExportedProgram) -> GraphModule:
     if not isinstance(exported, GraphModule):
         raise CaptureError(f"torch.export gave a {type(exported).__name__}, not a GraphModule")
     codegen = exported.graph._codegen
-    module = GraphModule(exported, exported.graph, class_name="QuantizedGraph")
+    module = portable(exported, exported.graph)
     module.graph.set_codegen(codegen)
     module.recompile()
     for owner in module.modules():
