@@ -129,6 +129,14 @@ MEMORY: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
         ),
         (4,),
     ),
+    "one bias on two grids": (
+        Given(lambda m, x: m.inner(x) - m.inner(-x), inner=nn.Linear(4, 16)),
+        (4,),
+    ),
+    "a bias that is read as it is": (
+        Given(lambda m, x: m.inner(x) * m.inner.bias, inner=nn.Linear(4, 16)),
+        (4,),
+    ),
     "one encoder for two": (Given(_pairs, inner=_encoder(), out=nn.Linear(17, 1)), (2, 1, 6, 6)),
 }
 
