@@ -25,6 +25,7 @@ from cgmq_fx.passes.grid import allowed_bit_width
 from cgmq_fx.passes.infra import module_path
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.opaque import OpaqueCall
+from cgmq_fx.passes.portable import portable
 from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer, QuantizerSpec, TrainingFlag
 from cgmq_fx.passes.shapes import EXAMPLE, Like
 from cgmq_fx.spec_json import MAX_DEPTH, spec_from_json, spec_to_json
@@ -106,7 +107,7 @@ def graph_from_json(
         if data["in_spec"] is not None:
             graph.set_codegen(_PyTreeCodeGen(_signature(graph, data)))
         graph.lint()
-        return GraphModule(root, graph, class_name="QuantizedGraph")
+        return portable(root, graph)
     except ArtifactError:
         raise
     except Exception as error:

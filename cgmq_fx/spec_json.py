@@ -15,18 +15,18 @@ MAX_DEPTH = 32
 def spec_to_json(spec: pytree.TreeSpec) -> Any:
     """A structure of inputs or outputs; classes become what they hold.
 
-    A named tuple becomes a tuple, and a mapping or dataclass (the outputs of Transformers, say) a
-    dict: a loaded model has nothing of the user's code.
+    A named tuple (that of `topk`, say) becomes a tuple, and a mapping or dataclass (the outputs of
+    Transformers, say) a dict: a loaded model has nothing of the user's code.
     """
     if spec.is_leaf():
         return "leaf"
     children = [spec_to_json(child) for child in spec.children()]
     if spec.type in (list, tuple):
         return {spec.type.__name__: children}
-    if spec.type is namedtuple:
+    if spec.type is namedtuple or (isinstance(spec.type, type) and issubclass(spec.type, tuple)):
         return {"tuple": children}
     keys = spec.context
-    if isinstance(keys, tuple) and len(keys) == 2 and isinstance(keys[0], list):
+    if isinstance(keys, list | tuple) and len(keys) == 2 and isinstance(keys[0], list):
         keys = keys[0]  # a registered dataclass: names of the fields that are set, and of the rest
     named = isinstance(keys, list | tuple) and all(isinstance(k, str) for k in keys)
     if named and len(keys) == len(children):
@@ -35,6 +35,14 @@ def spec_to_json(spec: pytree.TreeSpec) -> Any:
         f"the model takes or returns a {spec.type.__name__}, which an artifact cannot hold; "
         "tensors, tuples, lists, and mappings with string keys it can"
     )
+
+
+def plain_spec(spec: pytree.TreeSpec) -> pytree.TreeSpec:
+    """The same structure without classes, where it has one that `spec_to_json` can write."""
+    try:
+        return spec_from_json(spec_to_json(spec))
+    except ArtifactError:
+        return spec
 
 
 def spec_from_json(data: Any, depth: int = 0) -> pytree.TreeSpec:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from decimal import ROUND_CEILING, Context, Decimal
 from itertools import compress
-from math import isfinite
+from math import inf, isfinite, nextafter
 from typing import Any
 
 import numpy as np
 
 from cgmq_fx.cost_models.bits import Assignment, BitArray, GraphBits, graph_bits
-from cgmq_fx.cost_models.constraint import Budget
+from cgmq_fx.cost_models.constraint import Budget, ConstraintState
 from cgmq_fx.cost_models.errors import CostModelError, InfeasibleBudgetError
 from cgmq_fx.cost_models.facts import CONVENTION, GraphFacts
 from cgmq_fx.cost_models.ledger import Ledger, highest_bits, inside_scope, lowest_bits
 
 _DOMINANT = 3
+_SHARE_PLACES, _SHARE_DIGITS, _DIGITS = 6, 4, 6
+"""A least share is given to a ten-thousandth of a per cent, or four digits if that is finer; a
+least amount as a whole number, or in six digits."""
+
+_WIDE = Context(prec=400)
 _SHARE = 100
 """Up to here a bound without a unit may have been meant as per cent."""
 
@@ -166,15 +172,25 @@ def dominating(ledger: Ledger, index: int, most: int = _DOMINANT) -> str:
 
 def _infeasible(ledger: Ledger, index: int) -> str:
     state = ledger.states()[index]
-    name, unit = state.constraint.name, state.constraint.model.unit
-    if state.constraint.bound.relative:
-        floor, bound = f"{state.relative:.3%}", f"{state.constraint.bound.value:.3%}"
-    else:
-        floor, bound = f"{state.value:,.6g} {unit}", f"{state.limit:,.6g} {unit}"
-    hint = ""
-    if not state.constraint.bound.relative and state.limit <= _SHARE <= state.value:
-        hint = f' (a share is written with a percent sign, as in "{name} <= {state.limit:g}%")'
+    constraint, hint = state.constraint, ""
+    if not constraint.bound.relative and state.limit <= _SHARE <= state.value:
+        share = f"{constraint.name} <= {state.limit:g}%"
+        hint = f' (a share is written with a percent sign, as in "{share}")'
     return (
-        f"{name} <= {bound} is asked for{hint}, but with every gate at its smallest bit-width it "
-        f"is still {floor}, most of it in {dominating(ledger, index)}"
+        f"{constraint} is asked for{hint}, but with every gate at its smallest bit-width it "
+        f"is still {least(state)}, most of it in {dominating(ledger, index)}"
     )
+
+
+def least(state: ConstraintState) -> str:
+    """The cost as a bound that it satisfies, rounded up to a readable number of digits."""
+    bound = state.constraint.bound
+    cost = state.relative if bound.relative else state.value
+    exact, places = Decimal(repr(cost)), _SHARE_PLACES if bound.relative else 0
+    digits = _SHARE_DIGITS if bound.relative else _DIGITS
+    finest = min(-places, exact.adjusted() + 1 - digits)
+    value = float(exact.quantize(Decimal(1).scaleb(finest), ROUND_CEILING, _WIDE))
+    rounded = replace(bound, value=value)
+    if rounded.limit(state.reference) < state.value:  # the share itself was rounded down
+        rounded = replace(bound, value=nextafter(cost, inf))
+    return str(replace(state.constraint, bound=rounded)).partition(" <= ")[2]

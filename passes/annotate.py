@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from cgmq_fx.cost_models.facts import (
@@ -97,12 +98,13 @@ def _stored(module: GraphModule) -> dict[Node, list[Stored]]:
     seen: set[int] = set()
     for node in module.graph.nodes:
         tensor = tensor_at(module, node.target) if node.op == "get_attr" else None
-        if tensor is None or str(node.target).startswith(_OWN) or id(tensor) in seen:
+        if tensor is None or str(node.target).startswith(_OWN):
             continue
+        for path in _copies(module, node, known=id(tensor) in seen):
+            reader, quantizer, bits = _first_use(module, path, bits_of(tensor))
+            row = Stored(str(node.target), tensor.numel(), quantizer, bits)
+            result.setdefault(reader, []).append(row)
         seen.add(id(tensor))
-        reader, quantizer, bits = _first_use(module, node, bits_of(tensor))
-        row = Stored(str(node.target), tensor.numel(), quantizer, bits)
-        result.setdefault(reader, []).append(row)
     for node in module.graph.nodes:
         call = opaque_call(module, node)
         for name, tensor in call.state() if call is not None else ():
@@ -113,20 +115,33 @@ def _stored(module: GraphModule) -> dict[Node, list[Stored]]:
     return result
 
 
-def _first_use(module: GraphModule, node: Node, bits: int) -> tuple[Node, str | None, int]:
-    """The first op that uses a tensor, the quantizer on the way, and the bits if there is none."""
+def _copies(module: GraphModule, node: Node, known: bool) -> list[Node]:
+    """The first readers of what is stored of a tensor; `node` itself if nothing reads it.
+
+    A bias is stored once for every grid that it is rounded to, and once as it is, if anything reads
+    it so and no node before did (`known`).
+    """
+    rounded = [u for u in node.users if isinstance(_called(module, u), BiasQuantizer)]
+    others = [] if known else [u for u in node.users if u not in rounded] or [node] * (not rounded)
+    return sorted([*rounded, *sorted(others)[:1]])
+
+
+def _called(module: GraphModule, node: Node) -> nn.Module | None:
+    return module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _first_use(module: GraphModule, user: Node, bits: int) -> tuple[Node, str | None, int]:
+    """The op behind a reader, the quantizer on the way, and the bits if there is none."""
     quantizer: str | None = None
-    while node.users:
-        user = min(node.users)
-        if user.op != "call_module":
-            return user, quantizer, bits
-        owner = module.get_submodule(str(user.target))
+    while True:
+        owner = _called(module, user)
         if isinstance(owner, Quantizer):
             quantizer = quantizer_name(user)
         elif isinstance(owner, BiasQuantizer):
             bits = 32
-        node = user
-    return node, quantizer, bits
+        if owner is None or not user.users:
+            return user, quantizer, bits
+        user = min(user.users)
 
 
 def _facts(
@@ -174,7 +189,7 @@ def _opaque_facts(node: Node, call: OpaqueCall, stored: list[Stored], batch: int
 
 def _quantizer_facts(module: GraphModule, live: set[Node], batch: int) -> Iterator[QuantizerFacts]:
     for node in module.graph.nodes:
-        owner = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        owner = _called(module, node)
         if not isinstance(owner, Quantizer):
             continue
         elements = prod(shape_of(node) or ()) // (batch if node in live else 1)

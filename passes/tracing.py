@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from functools import wraps
 from io import StringIO
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils import _pytree as pytree
 from cgmq_fx.cost_models.errors import CaptureError
 from cgmq_fx.passes.copying import copy_model
 from cgmq_fx.passes.inputs import ExampleInputs
+from cgmq_fx.passes.portable import portable
 
 
 def trace(model: nn.Module, inputs: ExampleInputs, dynamic: bool) -> GraphModule:
@@ -33,8 +35,8 @@ def trace(model: nn.Module, inputs: ExampleInputs, dynamic: bool) -> GraphModule
     Returns:
         The graph. Whatever torch.export raises goes through.
     """
-    specs = free_batch(model, inputs) if dynamic else None
-    with quiet(), torch.enable_grad(), _no_fast_path():
+    with _named_keywords(model, inputs), quiet(), torch.enable_grad(), _no_fast_path():
+        specs = free_batch(model, inputs) if dynamic else None
         program = torch.export.export(
             model, inputs.args, dict(inputs.kwargs), dynamic_shapes=specs, strict=False
         )
@@ -51,9 +53,10 @@ def trace_with_assumptions(model: nn.Module, inputs: ExampleInputs, dynamic: boo
         The graph; `assumptions` lists what it asserts.
     """
     model, parameters = _with_plain_tensors(model)
-    specs = free_batch(model, inputs) if dynamic else None
     real_values = functorch_config.patch(fake_tensor_propagate_real_tensors=True)
-    with quiet(), torch.enable_grad(), _no_fast_path(), real_values:
+    named = _named_keywords(model, inputs)
+    with named, quiet(), torch.enable_grad(), _no_fast_path(), real_values:
+        specs = free_batch(model, inputs) if dynamic else None
         program = torch.export.export(
             model,
             inputs.args,
@@ -117,7 +120,7 @@ def plain(program: ExportedProgram) -> GraphModule:
     if not isinstance(exported, GraphModule):
         raise CaptureError(f"torch.export gave a {type(exported).__name__}, not a GraphModule")
     codegen = exported.graph._codegen
-    module = GraphModule(exported, exported.graph, class_name="QuantizedGraph")
+    module = portable(exported, exported.graph)
     module.graph.set_codegen(codegen)
     module.recompile()
     for owner in module.modules():
@@ -151,15 +154,40 @@ def free_batch(model: nn.Module, inputs: ExampleInputs) -> Any:
     def shapes(leaf: Any) -> Any:
         return {0: Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None
 
-    names = dict(zip(_parameter_names(model), inputs.args, strict=False)) | dict(inputs.kwargs)
-    whole = len(names) == len(inputs.args) + len(inputs.kwargs)
-    return pytree.tree_map(shapes, names if whole else inputs.args)
+    signature = inspect.signature(model.forward)
+    bound = signature.bind(*inputs.args, **inputs.kwargs)  # as torch.export does: *args are one
+    return pytree.tree_map(shapes, dict(bound.arguments))
 
 
-def _parameter_names(model: nn.Module) -> list[str]:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(model.forward).parameters.values()
-    return [p.name for p in parameters if p.kind in kinds]
+@contextmanager
+def _named_keywords(model: nn.Module, inputs: ExampleInputs) -> Iterator[None]:
+    """Let the signature of `forward` name what `**kwargs` takes.
+
+    torch.export fails where a size behind `**kwargs` may vary.
+    """
+    signature, forward = inspect.signature(model.forward), model.forward
+    parameters = signature.parameters.values()
+    known = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    names = [name for name in inputs.kwargs if name not in {p.name for p in known}]
+    if not names:
+        yield
+        return
+
+    @wraps(forward)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+    named.__signature__ = signature.replace(parameters=[*known, *own])  # type: ignore[attr-defined]
+    before = vars(model).get("forward")
+    model.forward = named
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before
 
 
 _CHATTY = (

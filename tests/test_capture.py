@@ -85,6 +85,37 @@ def test_outputs_keep_their_structure(name: str) -> None:
     assert pytree.tree_structure(found) == pytree.tree_structure(expected)
 
 
+class PassesOn(nn.Module):
+    """Passes on whatever it is given to a net that reshapes by the size of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 6)
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return self._rows(*args, **kwargs)
+
+    def _rows(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        rows: Tensor = self.inner(x).view(x.shape[0], 2, 3).sum(1)
+        return rows if scale is None else rows * scale
+
+
+@pytest.mark.parametrize(("positional", "keywords"), [(1, ()), (2, ()), (1, (1,)), (0, (0, 1))])
+def test_the_batch_is_free_behind_arguments_of_any_number(
+    positional: int, keywords: tuple[int, ...]
+) -> None:
+    def inputs(batch: int) -> ExampleInputs:
+        given = {"x": torch.ones(batch, 4), "scale": torch.ones(batch, 3)}
+        named = {name: given[name] for name in [[*given][i] for i in keywords]}
+        return ExampleInputs(tuple(given.values())[:positional], named)
+
+    model = PassesOn()
+    captured = float_graph(model, inputs(4))
+    assert captured.dynamic
+    assert not captured.steps
+    assert distance(call(captured.module, inputs(3)), call(model, inputs(3))) == 0
+
+
 def test_a_batch_size_that_the_model_insists_on_is_kept() -> None:
     captured = float_graph(HardBatch(), ExampleInputs((torch.zeros(3, 2, 2),)))
     assert captured.module(torch.zeros(3, 2, 2)).shape == (3, 4)

@@ -8,6 +8,7 @@ from typing import ClassVar, final
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import ExportError
@@ -15,6 +16,7 @@ from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_expo
 from cgmq_fx.exporters.program import exported_program, in_aten, quiet
 from cgmq_fx.exporters.pt2_reader import MANIFEST, read_pt2
 from cgmq_fx.passes.capture import ExampleInputs
+from cgmq_fx.spec_json import plain_spec
 
 _ORIGINS = ("stack_trace", "source_fn_stack", "torch_fn", "from_node")
 
@@ -32,6 +34,7 @@ class Program(Exporter):
         """Decompose to ATen and save."""
         program = in_aten(exported_program(source.lowered, source.inputs))
         program._example_inputs = None  # not needed to run it, and saved by pickle
+        _return_plainly(program)
         for node in program.graph.nodes:  # paths of the user's files, and their lines
             for key in _ORIGINS:
                 node.meta.pop(key, None)
@@ -51,3 +54,10 @@ class Program(Exporter):
             module = torch.export.load(path).module()
             found = [pytree.tree_leaves(module(*b.args, **b.kwargs)) for b in batches]
         return [[leaf for leaf in leaves if isinstance(leaf, Tensor)] for leaves in found]
+
+
+def _return_plainly(program: ExportedProgram) -> None:
+    """Let a program return tuples and dicts: whoever loads it has none of the user's classes."""
+    for entry in program.module_call_graph:
+        if not entry.fqn and entry.signature is not None:
+            entry.signature.out_spec = plain_spec(entry.signature.out_spec)

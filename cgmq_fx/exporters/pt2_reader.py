@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.exporters.cost_graph import Array, CostGraph, Counted, Manifest, Shape
+from cgmq_fx.exporters.pt2_norms import compose_norms
 from cgmq_fx.graph_json import graph_from_json
 from cgmq_fx.passes.inputs import ExampleInputs
 from cgmq_fx.passes.shapes import PropagateShapes
@@ -79,6 +80,7 @@ def read_pt2(path: Path) -> Counted:
         raise ArtifactError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     try:
         inputs = _inputs(program, manifest.batch)
+        compose_norms(module)
         PropagateShapes(inputs, trusted=False).run(module)
         graph, outputs = _Reader(module, names, manifest).read()
     except ArtifactError:
@@ -187,7 +189,12 @@ def _row(op: str, name: str, target: str, args: Any = (), kwargs: Any = None) ->
 
 
 def _node_rows(node: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A call; where it returns a list, the elements are calls of their own."""
+    """A call; where it returns a list, the elements are calls of their own.
+
+    One that returns nothing asserts something, which costs nothing.
+    """
+    if not node["outputs"]:
+        return []
     target = str(node["target"]).removeprefix("torch.ops.").replace("_operator.", "operator.")
     positional = [_argument(put["arg"]) for put in node["inputs"] if put.get("kind", 1) == 1]
     keywords = {
@@ -213,8 +220,10 @@ def _argument(argument: Mapping[str, Any]) -> Any:
     ((kind, value),) = argument.items()
     if kind == "as_tensor":
         return {"node": value["name"]}
-    if kind in ("as_tensors", "as_optional_tensors"):
-        return [_argument(v) if "as_tensor" in v else {"node": v["name"]} for v in value]
+    if kind == "as_tensors":
+        return [{"node": v["name"]} for v in value]
+    if kind == "as_optional_tensors":
+        return [_argument(v) for v in value]
     if kind in _KINDS:
         return {"float": value} if isinstance(value, str) and kind == "as_float" else value
     if kind in ("as_sym_int", "as_sym_bool", "as_sym_float"):
@@ -255,6 +264,7 @@ class _Reader:
         self._manifest = manifest
         self._graph = CostGraph()
         self._made: dict[Node, Any] = {}
+        self._grids: dict[tuple[Any, ...], Any] = {}
 
     def read(self) -> tuple[CostGraph, list[Node]]:
         """Walk through the nodes in order."""
@@ -270,13 +280,11 @@ class _Reader:
 
     def _call(self, node: Node) -> Any:
         value = node.meta["val"]
-        if not isinstance(value, Tensor | list | tuple):
-            return int(value)  # a size
         args, kwargs = map_arg((node.args, node.kwargs), self._value)
         options: dict[str, Any] = {k: v for k, v in kwargs.items() if k != "dtype"}
-        if isinstance(value, list | tuple):
+        if not isinstance(value, Tensor):
             made = self._graph.call(node.target, args, (), **options)
-            made.meta["val"] = value
+            made.meta["val"] = value  # a size too: what is as large as the batch is live
             return made
         return self._graph.call(node.target, args, *_described(node), **options)
 
@@ -305,7 +313,11 @@ class _Reader:
         if own is None or not np.array_equal(own.ravel(), step.ravel()):
             raise ArtifactError(f"{node} rounds to another grid than its codes are read on")
         layout = self._manifest.layout(name)
-        return self._graph.activation(self._value(source), *limits, step, layout)
+        made = self._graph.activation(self._value(source), *limits, step, layout)
+        if made.op == "call_module" and name:  # two tensors on one grid have one quantizer
+            grid = (name, *(end.tobytes() for end in limits))
+            made.target = self._grids.setdefault(grid, made.target)
+        return made
 
     def _stored(self, codes: Node, step: Array) -> Node:
         values = self._constant(codes)
