@@ -31,6 +31,7 @@ from cgmq_fx.passes.codes import DEQUANTIZE, QUANTIZE
 from cgmq_fx.passes.contain import HoistCodes, SurroundOps
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.infra import run_passes
+from cgmq_fx.passes.pools import PoolsAsMeans
 
 OPSET = 21
 """The first one with 16-bit containers; onnxruntime refuses the newest that onnx writes."""
@@ -90,7 +91,7 @@ def to_onnx(source: Source, opset: int = OPSET) -> Any:
         ExportError: If torch.onnx has no translation of an op.
     """
     module = copy_graph(source.lowered_with_offset)
-    module = run_passes(module, [HoistCodes(), AbsorbClamps(), SurroundOps()])
+    module = run_passes(module, [HoistCodes(), AbsorbClamps(), SurroundOps(), PoolsAsMeans()])
     program = exported_program(module, source.inputs)
     exported = translated(program, translations(), opset)
     return without_notes(exported.model, source.manifest)

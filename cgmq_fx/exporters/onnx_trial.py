@@ -12,6 +12,8 @@ from cgmq_fx.exporters.onnx_file import OPSET, Portable, run_onnx, translated
 from cgmq_fx.exporters.program import exported_program
 from cgmq_fx.passes.capture import Captured
 from cgmq_fx.passes.copying import copy_graph
+from cgmq_fx.passes.infra import run_passes
+from cgmq_fx.passes.pools import PoolsAsMeans
 
 
 def onnx_refusal(captured: Captured) -> str | None:
@@ -24,7 +26,7 @@ def onnx_refusal(captured: Captured) -> str | None:
         The reason, or None if it is taken. Without the packages that are needed, how to install
         them.
     """
-    module = copy_graph(captured.module).cpu().eval()
+    module = run_passes(copy_graph(captured.module).cpu().eval(), [PoolsAsMeans()])
     inputs = captured.inputs.to(torch.device("cpu")).at_least_two()
     with TemporaryDirectory() as folder:
         path = Path(folder) / "trial.onnx"

@@ -1,0 +1,44 @@
+"""ONNX files of nets whose ops torch.onnx writes as several cost what the nets cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cgmq_fx import Result, quantize
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+def quantized(net: nn.Module, x: torch.Tensor, budget: str, **options: Any) -> Result:
+    """The net with random numbers everywhere, so that no tensor is equal to another."""
+    torch.manual_seed(0)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
+    return quantize(net.eval(), budget, example_inputs=x, epochs=0, progress=False, **options)
+
+
+def assert_counted_alike(result: Result, path: Path) -> None:
+    """The file is written, computes the same, and costs the same."""
+    certificate = result.export(path).certificate
+    assert certificate.from_file
+    assert not certificate.unknown
+    assert [s.value for s in certificate.states] == [s.value for s in result.cost.states]
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_global_pools_of_images_with_channels_last(dimensions: int, tmp_path: Path) -> None:
+    conv, pool = [(nn.Conv2d, nn.AdaptiveAvgPool2d), (nn.Conv3d, nn.AdaptiveAvgPool3d)][
+        dimensions - 2
+    ]
+    net = nn.Sequential(conv(3, 8, 3), nn.ReLU(), pool(1), nn.Flatten(), nn.Linear(8, 4))
+    x = torch.rand(2, 3, *[6] * dimensions).movedim(1, -1).contiguous().movedim(-1, 1)
+    budget = "bops <= 20%, weights <= 90%, activations <= 90%"
+    result = quantized(net, x, budget, target="onnxruntime")
+    assert_counted_alike(result, tmp_path / "net.onnx")
