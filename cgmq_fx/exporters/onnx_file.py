@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import ExportError
 from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_exporter
+from cgmq_fx.exporters.onnx_optimiser import optimise
 from cgmq_fx.exporters.onnx_reader import read_onnx
 from cgmq_fx.exporters.onnx_saturation import avoid_saturation, unsigned_weights
 from cgmq_fx.exporters.program import exported_program, quiet
@@ -68,6 +69,9 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             return op.Clip(codes, constant(limits[0][0], kind), constant(limits[1][0], kind))
         # onnxruntime clips neither codes of 16 bits nor channel by channel, and takes steps per
         # channel right behind a convolution for one it can execute: clip the values
+        if single and len(low) == len(high) == 1:
+            ends = (op.Mul(constant(limit[0], np.float32), step) for limit in (low, high))
+            return op.QuantizeLinear(op.Clip(x, *ends), step, zero, axis=axis)
         along = [] if single else [-1 if i == axis else 1 for i in range(len(x.shape))]
         step_along = op.Reshape(step, constant(along, np.int64)) if along else step
         for limit, nearest in ((low, op.Max), (high, op.Min)):
@@ -115,8 +119,11 @@ def translated(program: ExportedProgram, table: dict[Any, Any], opset: int) -> A
                 dynamo=True,
                 custom_translation_table=table,
                 opset_version=opset,
+                optimize=False,
                 verbose=False,
             )
+            if exported is not None:
+                optimise(exported.model)
     except Exception as error:
         cause = error.__cause__ or error  # what it says itself is how to report that
         raise ExportError(f"torch.onnx cannot translate the model: {cause}") from error
