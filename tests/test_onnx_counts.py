@@ -76,3 +76,15 @@ def test_limits_of_one_tensor_keep_apart(forward: Any, tmp_path: Path) -> None:
     net = Applies(forward, first=linear(8, 16), left=linear(8, 4), right=linear(8, 4))
     result = quantized(net, torch.rand(2, 8), "bops <= 25%", scheme=Scheme((16,)))
     assert_counted_alike(result, tmp_path / "net.onnx")
+
+
+def sampled(m: Any, x: torch.Tensor) -> Any:
+    grid = m.first(x).permute(0, 2, 3, 1)
+    return m.last(nn.functional.grid_sample(x, grid, align_corners=False))
+
+
+def test_samples_on_a_computed_grid(tmp_path: Path) -> None:
+    net = Applies(sampled, first=nn.Conv2d(3, 2, 1), last=nn.Conv2d(3, 4, 1))
+    budget = "bops <= 20%, activations <= 90%"
+    result = quantized(net, torch.rand(2, 3, 6, 6), budget, target="onnxruntime")
+    assert_counted_alike(result, tmp_path / "net.onnx")

@@ -41,6 +41,7 @@ OPS: dict[str, tuple[Any, int | None]] = {
     "Tile": (_ATEN.repeat.default, 1),
     "Gather": (_ATEN.index_select.default, 2),
     "Split": (_ATEN.split.Tensor, 1),
+    "GridSample": (_ATEN.grid_sampler.default, 2),
     "DepthToSpace": (_ATEN.pixel_shuffle.default, 1),
     "SpaceToDepth": (_ATEN.pixel_unshuffle.default, 1),
     # averages, joins, and element by element
@@ -113,6 +114,9 @@ OPS: dict[str, tuple[Any, int | None]] = {
     },
 }
 """Op -> the ATen op, and how many of its inputs are data (None for all); the rest say how."""
+
+UNKNOWN = _ATEN.where.self
+"""What an op without a row is taken for: it writes a tensor of its own, from all its inputs."""
 
 PLACES = {"ScatterND": 1, "ScatterElements": 1}
 """Op -> the input among its data that only says where."""

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.exporters.cost_graph import Array, CostGraph, Counted, Manifest, Shape
-from cgmq_fx.exporters.onnx_ops import COMPUTE, OPS, PLACES
+from cgmq_fx.exporters.onnx_ops import COMPUTE, OPS, PLACES, UNKNOWN
 from cgmq_fx.exporters.qonnx_reader import as_integers, is_qonnx
 
 MANIFEST = "cgmq_fx"
@@ -173,7 +173,7 @@ class _Reader:
         target, _ = OPS.get(node.op_type, (None, None))
         if target is None:
             self.graph.unknown.append(f"{node.name} ({node.op_type})")
-            target = torch.ops.aten.clone.default
+            target = UNKNOWN
         given = [self._value(name) for name in self._data_inputs(node)]
         layer = self._layer_without_bias(node, given)
         if layer is not None:
