@@ -88,3 +88,65 @@ def test_samples_on_a_computed_grid(tmp_path: Path) -> None:
     budget = "bops <= 20%, activations <= 90%"
     result = quantized(net, torch.rand(2, 3, 6, 6), budget, target="onnxruntime")
     assert_counted_alike(result, tmp_path / "net.onnx")
+
+
+def rotated(m: Any, x: torch.Tensor) -> Any:
+    steps = torch.arange(x.shape[1]).float()
+    angles = torch.outer(steps, 100 ** (torch.arange(0, 8, 2) / -8)).repeat(1, 2)
+    x = m.first(x)
+    left, right = x.chunk(2, -1)
+    turned = torch.cat([-right, left], -1)
+    return m.last(x * angles.cos() + turned * angles.sin())
+
+
+def on_a_mesh(m: Any, x: torch.Tensor) -> Any:
+    line = torch.linspace(-1, 1, x.shape[1])
+    mesh = torch.stack(torch.meshgrid(line, line, indexing="ij"))[:, :, :4].flatten(1)[:, :8]
+    return m.last(m.first(x) + mesh.sum(0))
+
+
+def added_by_index(m: Any, x: torch.Tensor) -> Any:
+    x = m.first(x)
+    moved = torch.zeros_like(x).index_add(1, torch.tensor([0, 2, 1]), x[:, :3])
+    return m.last(moved * torch.ones(8))
+
+
+def normed(m: Any, x: torch.Tensor) -> Any:
+    x = m.first(x)
+    return m.last(nn.functional.normalize(x, dim=-1) + x)
+
+
+def sorted_and_best(m: Any, x: torch.Tensor) -> Any:
+    x = m.first(x)
+    return m.last(torch.cat([x.topk(3, -1)[0], x.sort(-1)[0][..., :5]], -1))
+
+
+def with_a_token(m: Any, x: torch.Tensor) -> Any:
+    return m.last(torch.cat([m.first.bias.repeat(x.shape[0], 1, 1), m.first(x)], 1))
+
+
+TABLES = [rotated, on_a_mesh, added_by_index, normed, sorted_and_best, with_a_token]
+ALL = "bops <= 100%, weights <= 100%, activations <= 100%"
+
+
+@pytest.mark.parametrize("forward", TABLES)
+def test_tables_that_are_computed_are_not_kept(forward: Any, tmp_path: Path) -> None:
+    net = Applies(forward, first=nn.Linear(4, 8), last=nn.Linear(8, 4))
+    assert_counted_alike(quantized(net, torch.rand(2, 5, 4), ALL), tmp_path / "net.onnx")
+
+
+def in_instances(m: Any, x: torch.Tensor) -> Any:
+    return m.last(
+        nn.functional.instance_norm(m.first(x)).flatten(2).transpose(1, 2)[..., :2].repeat(1, 1, 4)
+    )
+
+
+def unpooled(m: Any, x: torch.Tensor) -> Any:
+    pooled, places = nn.functional.max_pool2d(m.first(x), 2, return_indices=True)
+    return m.last(nn.functional.max_unpool2d(pooled, places, [2]).flatten(2)[..., :8])
+
+
+@pytest.mark.parametrize("forward", [in_instances, unpooled])
+def test_parts_of_images_are_counted(forward: Any, tmp_path: Path) -> None:
+    net = Applies(forward, first=nn.Conv2d(3, 2, 3), last=nn.Linear(8, 4))
+    assert_counted_alike(quantized(net, torch.rand(2, 3, 10, 10), ALL), tmp_path / "net.onnx")

@@ -17,6 +17,8 @@ _NAMED_AFTER_INPUTS = (
     *("FuseBatchNormIntoConv", "FuseBatchNormIntoConvTranspose", "FuseBatchNormIntoGemm"),
 )
 _MOST_ROUNDS = 2
+_MAKERS = frozenset({"Range", "Expand", "Tile", "ConstantOfShape", "EyeLike", "OneHot"})
+"""Ops that make tables from a few numbers."""
 
 
 def optimise(model: Any) -> None:
@@ -33,6 +35,7 @@ def optimise(model: Any) -> None:
     for _ in range(_MOST_ROUNDS):
         optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=_may_fold)
         rewriter.rewrite(model, rules)
+    _without_axes(model)
     for step in (
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.DeduplicateInitializersPass(),
@@ -44,16 +47,34 @@ def optimise(model: Any) -> None:
         step(model)
 
 
+def _without_axes(model: Any) -> None:
+    """Let the numbers that are expanded be numbers: one in a list is stored as a tensor."""
+    import onnx_ir as ir
+
+    for node in list(model.graph):
+        if node.op_type != "Expand" or node.inputs[0].is_initializer():
+            continue
+        tensor = ir.convenience.get_const_tensor(node.inputs[0])
+        if tensor is not None and tensor.size == 1 and tensor.shape.rank():
+            number = ir.tensor(tensor.numpy().reshape(()))
+            constant = ir.node("Constant", [], {"value": number})
+            model.graph.insert_before(node, constant)
+            node.replace_input_with(0, constant.outputs[0])
+
+
 def _may_fold(node: Any) -> bool | None:
     """False if a file would hold more with the result of a node than with what it is made from."""
     given = [value for value in node.inputs if value is not None]
-    own = [_size(value) for value in given if not value.is_initializer()]
-    stored = [_size(value) for value in given if value.is_initializer()]
-    made = [_size(value) for value in node.outputs]
-    if any(size is None for size in (*own, *stored, *made)):
+    sizes = [_size(value) for value in (*given, *node.outputs)]
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes):
         return False
-    larger = sum(made) > sum(own) + sum(size for size in stored if size == 1)
-    return False if larger else None
+    made = sum(known[len(given) :])
+    if node.op_type in _MAKERS and made > 1:
+        return False
+    pairs = zip(given, known, strict=False)
+    own = sum(size for value, size in pairs if size == 1 or not value.is_initializer())
+    return False if made > own else None
 
 
 def _size(value: Any) -> int | None:
@@ -61,4 +82,4 @@ def _size(value: Any) -> int | None:
     shape = value.shape
     if shape is None or not all(isinstance(size, int) for size in shape):
         return None
-    return prod(shape)
+    return prod(int(size) for size in shape)
