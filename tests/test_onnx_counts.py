@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from cgmq_fx import Result, Scheme, quantize
+from cgmq_fx.exporters.onnx_reader import read_onnx
 
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
@@ -143,10 +144,78 @@ def in_instances(m: Any, x: torch.Tensor) -> Any:
 
 def unpooled(m: Any, x: torch.Tensor) -> Any:
     pooled, places = nn.functional.max_pool2d(m.first(x), 2, return_indices=True)
-    return m.last(nn.functional.max_unpool2d(pooled, places, [2]).flatten(2)[..., :8])
+    return m.last(nn.functional.max_unpool2d(pooled, places, (2, 2)).flatten(2)[..., :8])
 
 
 @pytest.mark.parametrize("forward", [in_instances, unpooled])
 def test_parts_of_images_are_counted(forward: Any, tmp_path: Path) -> None:
     net = Applies(forward, first=nn.Conv2d(3, 2, 3), last=nn.Linear(8, 4))
     assert_counted_alike(quantized(net, torch.rand(2, 3, 10, 10), ALL), tmp_path / "net.onnx")
+
+
+def gated(m: Any, x: torch.Tensor) -> Any:
+    return m.last(nn.functional.glu(m.first(x), 1).repeat(1, 2, 1, 1))
+
+
+def pooled(m: Any, x: torch.Tensor) -> Any:
+    return m.last(nn.functional.adaptive_avg_pool2d(m.first(x), (3, 7)))
+
+
+def shrunk(m: Any, x: torch.Tensor) -> Any:
+    return m.last(nn.functional.interpolate(m.first(x), size=(3, 3), mode="area"))
+
+
+def wrapped(m: Any, x: torch.Tensor) -> Any:
+    return m.last(nn.functional.pad(m.first(x), (1, 1, 1, 1), mode="circular"))
+
+
+def normed_in_groups(m: Any, x: torch.Tensor) -> Any:
+    return m.last(nn.functional.group_norm(m.first(x), 2))
+
+
+def normed_over_the_batch(m: Any, x: torch.Tensor) -> Any:
+    return m.last(nn.functional.batch_norm(m.first(x), None, None, training=True))
+
+
+def spread(m: Any, x: torch.Tensor) -> Any:
+    x = nn.functional.silu(m.first(x))
+    return m.last(x - x.std(1, keepdim=True) + nn.functional.softsign(x))
+
+
+def in_patches(m: Any, x: torch.Tensor) -> Any:
+    return m.last(nn.functional.unfold(m.first(x), 1).unflatten(2, (8, 8)))
+
+
+def alike(m: Any, x: torch.Tensor) -> Any:
+    x = m.first(x)
+    return m.last(x * nn.functional.cosine_similarity(x, x.flip(1), 1).unsqueeze(1))
+
+
+SEVERAL = [
+    *(gated, pooled, shrunk, wrapped, normed_in_groups, normed_over_the_batch),
+    *(spread, in_patches, alike),
+]
+
+
+@pytest.mark.parametrize("forward", SEVERAL)
+def test_ops_that_are_written_as_several_count_as_one(forward: Any, tmp_path: Path) -> None:
+    net = Applies(forward, first=nn.Conv2d(3, 4, 3), last=nn.Conv2d(4, 2, 1))
+    assert_counted_alike(quantized(net, torch.rand(2, 3, 10, 10), ALL), tmp_path / "net.onnx")
+
+
+def chained(m: Any, x: torch.Tensor) -> Any:
+    return m.last(m.middle(m.first(x).tile(1, 1, 1, 8)).amax(-1, keepdim=True) * m.scale(x))
+
+
+@pytest.mark.parametrize("named", ["aten.silu.default", "aten.glu.default", "aten.view.default"])
+def test_what_a_file_says_about_its_ops_is_not_believed(named: str, tmp_path: Path) -> None:
+    layers = {name: nn.Conv2d(3, 3, 1) for name in ("first", "middle", "last", "scale")}
+    result = quantized(Applies(chained, **layers), torch.rand(2, 3, 4, 4), ALL)
+    path = result.export(tmp_path / "net.onnx").path
+    model = onnx.load(path)
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.metadata_props.add(key="cgmq_fx.op", value=f"{named} all")
+    onnx.save(model, path)
+    found = [s.value for s in read_onnx(path).count(result.budget)[0]]
+    assert found == [s.value for s in result.cost.states]

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from cgmq_fx.cost_models.errors import ExportError
 from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_exporter
 from cgmq_fx.exporters.onnx_optimiser import optimise
+from cgmq_fx.exporters.onnx_parts import keep_names, name_ops
 from cgmq_fx.exporters.onnx_reader import read_onnx
 from cgmq_fx.exporters.onnx_saturation import avoid_saturation, unsigned_weights
 from cgmq_fx.exporters.program import exported_program, quiet
@@ -112,6 +113,7 @@ def translated(program: ExportedProgram, table: dict[Any, Any], opset: int) -> A
     Raises:
         ExportError: If torch.onnx has no translation of an op.
     """
+    name_ops(program)
     try:
         with quiet():
             exported = torch.onnx.export(
@@ -133,8 +135,12 @@ def translated(program: ExportedProgram, table: dict[Any, Any], opset: int) -> A
 
 
 def without_notes(model: Any, manifest: str) -> Any:
-    """A model of onnx_ir without the exporter's notes about where nodes came from, in place."""
-    for value in (model, model.graph, *model.graph, *model.graph.inputs, *model.graph.outputs):
+    """A model of onnx_ir without the exporter's notes about where nodes came from, in place.
+
+    What stays is which of several nodes are one op of the model.
+    """
+    keep_names(model)
+    for value in (model, model.graph, *model.graph.inputs, *model.graph.outputs):
         value.metadata_props.clear()
     for node in model.graph:
         node.doc_string = None

@@ -8,6 +8,7 @@ name, and with it the constant, of the first.
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -32,10 +33,13 @@ def optimise(model: Any) -> None:
 
     rules = [r for r in rewriter._DEFAULT_REWRITE_RULES if r.name not in _NAMED_AFTER_INPUTS]
     common.InlinePass()(model)
+    own = frozenset(model.graph.initializers)
     for _ in range(_MOST_ROUNDS):
-        optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=_may_fold)
+        optimizer.fold_constants(
+            model, onnx_shape_inference=True, should_fold=partial(_may_fold, own)
+        )
         rewriter.rewrite(model, rules)
-    _without_axes(model)
+    _without_axes(own, model)
     for step in (
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.DeduplicateInitializersPass(),
@@ -47,12 +51,12 @@ def optimise(model: Any) -> None:
         step(model)
 
 
-def _without_axes(model: Any) -> None:
+def _without_axes(own: frozenset[str], model: Any) -> None:
     """Let the numbers that are expanded be numbers: one in a list is stored as a tensor."""
     import onnx_ir as ir
 
     for node in list(model.graph):
-        if node.op_type != "Expand" or node.inputs[0].is_initializer():
+        if node.op_type != "Expand" or node.inputs[0].name in own:
             continue
         tensor = ir.convenience.get_const_tensor(node.inputs[0])
         if tensor is not None and tensor.size == 1 and tensor.shape.rank():
@@ -62,19 +66,20 @@ def _without_axes(model: Any) -> None:
             node.replace_input_with(0, constant.outputs[0])
 
 
-def _may_fold(node: Any) -> bool | None:
-    """False if a file would hold more with the result of a node than with what it is made from."""
+def _may_fold(own: frozenset[str], node: Any) -> bool | None:
+    """False if a file would hold more with the result of a node than with what it is made from.
+
+    What the model holds itself (`own`) stays in the file, whoever else reads it.
+    """
     given = [value for value in node.inputs if value is not None]
     sizes = [_size(value) for value in (*given, *node.outputs)]
     known = [size for size in sizes if size is not None]
-    if len(known) < len(sizes):
+    if len(known) < len(sizes) or node.op_type in _MAKERS:
         return False
     made = sum(known[len(given) :])
-    if node.op_type in _MAKERS and made > 1:
-        return False
     pairs = zip(given, known, strict=False)
-    own = sum(size for value, size in pairs if size == 1 or not value.is_initializer())
-    return False if made > own else None
+    spent = sum(size for value, size in pairs if size == 1 or value.name not in own)
+    return False if made > spent else None
 
 
 def _size(value: Any) -> int | None:

@@ -14,6 +14,7 @@ from torch.fx import Node
 from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.exporters.cost_graph import Array, CostGraph, Counted, Manifest, Shape
 from cgmq_fx.exporters.onnx_ops import COMPUTE, OPS, PLACES, UNKNOWN
+from cgmq_fx.exporters.onnx_parts import Whole, wholes
 from cgmq_fx.exporters.onnx_shapes import value_types
 from cgmq_fx.exporters.qonnx_reader import as_integers, is_qonnx
 
@@ -95,6 +96,7 @@ class _Reader:
         self._kinds = onnx.TensorProto
         self._constants = {t.name: t for t in model.graph.initializer}
         self._nodes: dict[str, Node] = {}
+        self._wholes: dict[str, Whole] = {}
         self._makers = {out: node for node in model.graph.node for out in node.output}
         self._readers = Counter(name for node in model.graph.node for name in node.input)
         self._readers.update(out.name for out in model.graph.output)
@@ -113,11 +115,16 @@ class _Reader:
         for put in self._model.graph.input:
             self._nodes[put.name] = self.graph.input(*self._described(put.name))
         needed = self._needed()
-        for node in self._model.graph.node:
-            used = not needed.isdisjoint(node.output)
-            if used and node.op_type not in ("QuantizeLinear", "Constant"):
+        nodes = [n for n in self._model.graph.node if not needed.isdisjoint(n.output)]
+        returned = [out.name for out in self._model.graph.output]
+        for whole in wholes(
+            nodes, returned, frozenset(self._varying), self._data_inputs, self._elements
+        ):
+            self._wholes |= dict.fromkeys(whole.made, whole)
+        for node in nodes:
+            if node.op_type not in ("QuantizeLinear", "Constant"):
                 self._read(node)
-        return [self._value(out.name) for out in self._model.graph.output]
+        return [self._value(name) for name in returned]
 
     def _needed(self) -> set[str]:
         """The values that data flows through: not those that only sizes are computed from."""
@@ -139,7 +146,9 @@ class _Reader:
 
     def _read(self, node: Any) -> None:
         name = node.output[0]
-        if node.op_type == "DequantizeLinear":
+        if name in self._wholes:
+            self._read_part(node, self._wholes[name])
+        elif node.op_type == "DequantizeLinear":
             self._nodes[name] = self._dequantized(node)
         elif self._is_clip_of_codes(node):
             return
@@ -147,6 +156,16 @@ class _Reader:
             self._nodes[name] = self._product(node)
         else:
             self._nodes[name] = self._other(node)
+
+    def _read_part(self, node: Any, whole: Whole) -> None:
+        """The last part of an op makes what the op makes, the others make nothing."""
+        if whole.output in node.output:
+            given = tuple(self._value(name) for name in whole.inputs)
+            made = self.graph.call(whole.target, given, *self._described(whole.output))
+            self._nodes[whole.output] = made
+
+    def _elements(self, name: str) -> int:
+        return int(np.prod(self._described(name)[0]))
 
     def _other(self, node: Any) -> Node:
         target, _ = OPS.get(node.op_type, (None, None))
@@ -277,7 +296,12 @@ class _Reader:
             maker = self._makers.get(name)
             places = () if maker is None else _LIMITS.get(maker.op_type, ())
             limits = [self._constant(other) for other in list(maker.input)[1:]] if maker else []
-            if maker is None or len(places) != len(limits) or any(v is None for v in limits):
+            if (
+                maker is None
+                or name in self._wholes
+                or len(places) != len(limits)
+                or any(v is None for v in limits)
+            ):
                 break
             for place, limit in zip(places, limits, strict=True):
                 ends[place] = np.rint(limit.reshape(step.shape) / step).astype(np.int64)  # type: ignore[union-attr]
