@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cgmq_fx import Result, Scheme, quantize
+from cgmq_fx.cost_models.errors import UnsupportedModelError
 from cgmq_fx.exporters.onnx_reader import read_onnx
 
 onnx = pytest.importorskip("onnx")
@@ -219,3 +220,42 @@ def test_what_a_file_says_about_its_ops_is_not_believed(named: str, tmp_path: Pa
     onnx.save(model, path)
     found = [s.value for s in read_onnx(path).count(result.budget)[0]]
     assert found == [s.value for s in result.cost.states]
+
+
+def in_bags(m: Any, x: torch.Tensor) -> Any:
+    table = m.first.weight
+    return m.last(nn.functional.embedding_bag(x.abs().long().clamp(max=3), table)[:, :4])
+
+
+def noisy(m: Any, x: torch.Tensor) -> Any:
+    x = m.first(x)
+    return m.last(x + 0.1 * torch.randn_like(x))
+
+
+def always_dropped(m: Any, x: torch.Tensor) -> Any:
+    return m.last(nn.functional.dropout(m.first(x), 0.5, training=True))
+
+
+def unevenly_pooled(m: Any, x: torch.Tensor) -> Any:
+    return m.last(nn.functional.adaptive_max_pool1d(m.first(x), 3).repeat(1, 4)[:, :4])
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (in_bags, r"execute embedding_bag .*cannot be counted: .* holds a graph of its own"),
+        (noisy, r"execute randn_like .*randn_like draws random numbers"),
+        (always_dropped, r"execute dropout in evaluation mode, too"),
+        (unevenly_pooled, r"execute adaptive_max_pool1d of \[4\] to \[3\], which is uneven"),
+    ],
+)
+def test_what_has_no_file_is_refused_before_training(forward: Any, message: str) -> None:
+    net = Applies(forward, first=nn.Linear(4, 4), last=nn.Linear(4, 2))
+    with pytest.raises(UnsupportedModelError, match=message):
+        quantized(net, torch.rand(3, 4), "bops <= 90%", target="onnxruntime")
+
+
+def test_dropout_that_training_switches_is_taken(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 2))
+    result = quantized(net, torch.rand(3, 4), "bops <= 90%", target="onnxruntime")
+    assert_counted_alike(result, tmp_path / "net.onnx")

@@ -146,3 +146,6 @@ UNKNOWN = _ATEN.where.self
 
 PLACES = {"ScatterND": 1, "ScatterElements": 1}
 """Op -> the input among its data that only says where: it counts if it is always the same."""
+
+SIZED = frozenset({"Expand", "Tile", "ConstantOfShape", "Range"})
+"""Ops whose inputs behind the data are the size of what they make."""

@@ -123,6 +123,8 @@ def _whole(
     inputs = dict.fromkeys(n for node in nodes for n in reads(node) if n not in made)
     ordered = sorted(inputs, key=lambda n: n not in varying)
     live = [n for n in ordered if n in varying]
+    if not live:
+        return None
     if not _fits(target, nodes, live, leaving[0], sizes):
         target = UNKNOWN
     return Whole(target, tuple(nodes), tuple(ordered), leaving[0])

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.exporters.cost_graph import Array, CostGraph, Counted, Manifest, Shape
-from cgmq_fx.exporters.onnx_ops import COMPUTE, OPS, PLACES, UNKNOWN
+from cgmq_fx.exporters.onnx_ops import COMPUTE, OPS, PLACES, SIZED, UNKNOWN
 from cgmq_fx.exporters.onnx_parts import Whole, wholes
 from cgmq_fx.exporters.onnx_shapes import value_types
 from cgmq_fx.exporters.qonnx_reader import as_integers, is_qonnx
@@ -71,6 +71,9 @@ def _sized(model: Any, batch: int) -> Any:
         raise ArtifactError("the file holds functions or ops of other domains")
     if any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer):
         raise ArtifactError("the file keeps tensors in another file")
+    for node in model.graph.node:
+        if any(a.g.node or a.graphs for a in node.attribute):
+            raise ArtifactError(f"{node.name} ({node.op_type}) holds a graph of its own")
     del model.graph.value_info[:]
     for put in model.graph.input:
         for size in put.type.tensor_type.shape.dim:
@@ -107,8 +110,6 @@ class _Reader:
                 self._varying.update(node.output)
             if node.op_type == "Constant":
                 self._constants[node.output[0]] = node.attribute[0].t
-            if any(a.g.node or a.graphs for a in node.attribute):
-                raise ArtifactError(f"{node.name} holds a graph of its own")
 
     def read(self) -> list[Node]:
         """Build the graph."""
@@ -178,9 +179,10 @@ class _Reader:
             return layer
         if node.op_type == "Gather" and given[0].op != "call_function":
             target = torch.ops.aten.embedding.default
-        if node.op_type in ("Expand", "Tile") and node.input[1] in self._varying:
+        if node.op_type in SIZED and not self._varying.isdisjoint(list(node.input)[len(given) :]):
             target = torch.ops.aten.expand_as.default  # to a size that depends on the batch
-            given.append(self._nodes[self._model.graph.input[0].name])
+            number = self.graph.call(torch.ops.aten.full.default, ([], 0.0), ())
+            given = [*(given or [number]), self._nodes[self._model.graph.input[0].name]]
         if node.op_type == "Concat":
             given = [given]  # type: ignore[list-item]
         if node.op_type == "Transpose":

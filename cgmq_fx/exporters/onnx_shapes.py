@@ -72,7 +72,7 @@ class _Shapes:
         names = [name for name in node.input if name]
         missing = [name for name in names if name not in self.types]
         if missing:
-            raise ArtifactError(f"the type of {missing[0]} cannot be told")
+            raise ArtifactError(f"{missing[0]} is not in the file, or its type cannot be told")
         data = {n: numpy_helper.from_array(self._known[n], n) for n in names if n in self._known}
         try:
             schema = defs.get_schema(node.op_type, self._version, node.domain)
