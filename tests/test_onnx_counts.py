@@ -259,3 +259,14 @@ def test_dropout_that_training_switches_is_taken(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 2))
     result = quantized(net, torch.rand(3, 4), "bops <= 90%", target="onnxruntime")
     assert_counted_alike(result, tmp_path / "net.onnx")
+
+
+def compared(m: Any, x: torch.Tensor) -> Any:
+    return m.last((m.first(x) - m.first(x.flip(1))).abs()).mean(1)
+
+
+def test_channels_keep_their_widths_where_values_only_move(tmp_path: Path) -> None:
+    net = Applies(compared, first=nn.Linear(8, 8), last=nn.Linear(8, 4))
+    scheme = Scheme(activations="channel")
+    result = quantized(net, torch.randn(4, 2, 8), "bops <= 3%", scheme=scheme)
+    assert_counted_alike(result, tmp_path / "net.onnx")
