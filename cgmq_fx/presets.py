@@ -37,6 +37,7 @@ from cgmq_fx.runtime_ops import (
     HLS4ML_RULES,
     LITERT,
     ONNXRUNTIME,
+    ONNXRUNTIME_RULES,
     XNNPACK,
     Rule,
 )
@@ -240,6 +241,7 @@ PRESETS = {
             _FAST,
             widths=_PRUNED,
             ops=ONNXRUNTIME,
+            rules=ONNXRUNTIME_RULES,
             trial=_in_onnx,
             bytes_only=True,
         ),

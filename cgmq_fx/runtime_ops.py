@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from torch.fx import Node
 
-from cgmq_fx.passes.optable import compute_op
+from cgmq_fx.passes.optable import argument, compute_op
 from cgmq_fx.passes.state import shape_of
 
 _IMAGE = 4
@@ -51,6 +51,19 @@ def _not_of_images(node: Node) -> str | None:
             return None
         source = source.args[0] if source.args else None
     return None
+
+
+def _to_multiples(node: Node) -> str | None:
+    """Only to sizes that the input is a multiple of."""
+    source, made = node.args[0], argument(node, "output_size")
+    sizes = (shape_of(source) or ())[-len(made) :] if isinstance(source, Node) else ()
+    uneven = any(size % small for size, small in zip(sizes, made, strict=False))
+    return f"of {list(sizes)} to {list(made)}, which is uneven" if uneven else None
+
+
+def _switched_on(node: Node) -> str | None:
+    """Not in evaluation mode: no two runtimes draw the same random numbers."""
+    return "in evaluation mode, too" if argument(node, "train") is True else None
 
 
 HLS4ML = (
@@ -107,3 +120,10 @@ ONNXRUNTIME = _ALL + _words(
     """
 )
 """What ONNX Runtime executes; a model with another op is tried as a whole, in float."""
+
+ONNXRUNTIME_RULES: tuple[tuple[str, Rule], ...] = (
+    ("adaptive_max_pool1d", _to_multiples),
+    ("adaptive_max_pool2d", _to_multiples),
+    ("dropout", _switched_on),
+)
+"""What torch.onnx cannot write, and what no file computes alike twice."""

@@ -89,7 +89,12 @@ def _unread(node: Node, storage: dict[Node, Node]) -> bool:
 
 def _data_users(node: Node) -> list[Node]:
     """The nodes that read the values of `node`, not only its size."""
-    return [u for u in node.users if not isinstance(value_of(u), int | SymInt)]
+    return [u for u in node.users if not _reads_size(u, node)]
+
+
+def _reads_size(user: Node, node: Node) -> bool:
+    """Whether a reader is a size, or a view in the shape of `node` of another tensor."""
+    return isinstance(value_of(user), int | SymInt) or (is_view(user) and user.args[0] is not node)
 
 
 def _size(node: Node) -> int:
@@ -135,7 +140,7 @@ def _quantizers(module: GraphModule, members: dict[Node, list[Node]]) -> dict[No
             found[root] = own[-1]
         elif inherited is not None:
             found[root] = inherited[0]
-        reached = {root_of[u] for n in nodes for u in n.users if u in root_of} - {root}
+        reached = {root_of[u] for n in nodes for u in _data_users(n) if u in root_of} - {root}
         flow.add_edges_from((root, other) for other in reached)
     for root in reversed(list(nx.topological_sort(flow))):
         if root in found:

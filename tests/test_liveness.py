@@ -67,6 +67,10 @@ def chunked(m: Any, x: Tensor) -> Any:
     return m.b(left) + right
 
 
+def in_the_shape_of(m: Any, x: Tensor) -> Any:
+    return x.expand_as(m.a(x)) + 1
+
+
 IMAGE, VECTOR = (1, 8, 8), (4,)
 
 LIFETIMES: dict[str, tuple[nn.Module, tuple[int, ...], list[Row]]] = {
@@ -173,6 +177,12 @@ LIFETIMES: dict[str, tuple[nn.Module, tuple[int, ...], list[Row]]] = {
             (3, 4, 5, None),
             (3, 5, 5, None),
         ],
+    ),
+    # what was made from a tensor gives it its shape: its values are not read
+    "in the shape of": (
+        Given(in_the_shape_of, a=nn.Linear(4, 4)),
+        VECTOR,
+        [(4, 0, 2, "x"), (4, 1, 1, None), (4, 2, 2, None)],
     ),
 }
 

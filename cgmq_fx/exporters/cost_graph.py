@@ -29,7 +29,7 @@ from cgmq_fx.passes.grid import MAX_GRID_BITS, PASS_THROUGH
 from cgmq_fx.passes.insert import QUANTIZERS, operands
 from cgmq_fx.passes.optable import compute_op, set_argument
 from cgmq_fx.passes.quantizer import Quantizer, QuantizerSpec
-from cgmq_fx.passes.state import quantizer_of, reachable_from_inputs
+from cgmq_fx.passes.state import quantizer_of, reachable_from_inputs, sources
 
 Array: TypeAlias = npt.NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
@@ -284,7 +284,7 @@ class CostGraph:
             step: Distance of neighbouring codes.
             layout: The bit-widths.
         """
-        before = self._steps.get(source)
+        before = next((self._steps[n] for n in sources(source) if n in self._steps), None)
         if before is not None and _refines(before, step):
             return source  # the same values, as whole steps of a finer grid
         node = self._quantized(

@@ -22,6 +22,8 @@ from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import ExportError
 from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_exporter
+from cgmq_fx.exporters.onnx_optimiser import optimise
+from cgmq_fx.exporters.onnx_parts import keep_names, name_ops
 from cgmq_fx.exporters.onnx_reader import read_onnx
 from cgmq_fx.exporters.onnx_saturation import avoid_saturation, unsigned_weights
 from cgmq_fx.exporters.program import exported_program, quiet
@@ -31,6 +33,7 @@ from cgmq_fx.passes.codes import DEQUANTIZE, QUANTIZE
 from cgmq_fx.passes.contain import HoistCodes, SurroundOps
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.infra import run_passes
+from cgmq_fx.passes.pools import PoolsAsMeans
 
 OPSET = 21
 """The first one with 16-bit containers; onnxruntime refuses the newest that onnx writes."""
@@ -67,6 +70,9 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             return op.Clip(codes, constant(limits[0][0], kind), constant(limits[1][0], kind))
         # onnxruntime clips neither codes of 16 bits nor channel by channel, and takes steps per
         # channel right behind a convolution for one it can execute: clip the values
+        if single and len(low) == len(high) == 1:
+            ends = (op.Mul(constant(limit[0], np.float32), step) for limit in (low, high))
+            return op.QuantizeLinear(op.Clip(x, *ends), step, zero, axis=axis)
         along = [] if single else [-1 if i == axis else 1 for i in range(len(x.shape))]
         step_along = op.Reshape(step, constant(along, np.int64)) if along else step
         for limit, nearest in ((low, op.Max), (high, op.Min)):
@@ -90,7 +96,7 @@ def to_onnx(source: Source, opset: int = OPSET) -> Any:
         ExportError: If torch.onnx has no translation of an op.
     """
     module = copy_graph(source.lowered_with_offset)
-    module = run_passes(module, [HoistCodes(), AbsorbClamps(), SurroundOps()])
+    module = run_passes(module, [HoistCodes(), AbsorbClamps(), SurroundOps(), PoolsAsMeans()])
     program = exported_program(module, source.inputs)
     exported = translated(program, translations(), opset)
     return without_notes(exported.model, source.manifest)
@@ -107,6 +113,7 @@ def translated(program: ExportedProgram, table: dict[Any, Any], opset: int) -> A
     Raises:
         ExportError: If torch.onnx has no translation of an op.
     """
+    name_ops(program)
     try:
         with quiet():
             exported = torch.onnx.export(
@@ -114,8 +121,11 @@ def translated(program: ExportedProgram, table: dict[Any, Any], opset: int) -> A
                 dynamo=True,
                 custom_translation_table=table,
                 opset_version=opset,
+                optimize=False,
                 verbose=False,
             )
+            if exported is not None:
+                optimise(exported.model)
     except Exception as error:
         cause = error.__cause__ or error  # what it says itself is how to report that
         raise ExportError(f"torch.onnx cannot translate the model: {cause}") from error
@@ -125,8 +135,12 @@ def translated(program: ExportedProgram, table: dict[Any, Any], opset: int) -> A
 
 
 def without_notes(model: Any, manifest: str) -> Any:
-    """A model of onnx_ir without the exporter's notes about where nodes came from, in place."""
-    for value in (model, model.graph, *model.graph, *model.graph.inputs, *model.graph.outputs):
+    """A model of onnx_ir without the exporter's notes about where nodes came from, in place.
+
+    What stays is which of several nodes are one op of the model.
+    """
+    keep_names(model)
+    for value in (model, model.graph, *model.graph.inputs, *model.graph.outputs):
         value.metadata_props.clear()
     for node in model.graph:
         node.doc_string = None

@@ -41,6 +41,20 @@ OPS: dict[str, tuple[Any, int | None]] = {
     "Tile": (_ATEN.repeat.default, 1),
     "Gather": (_ATEN.index_select.default, 2),
     "Split": (_ATEN.split.Tensor, 1),
+    "GridSample": (_ATEN.grid_sampler.default, 2),
+    "ReduceMin": (_ATEN.amin.default, 1),
+    "GatherElements": (_ATEN.gather.default, 2),
+    "GatherND": (_ATEN.index.Tensor, 2),
+    "TopK": (_ATEN.topk.default, 1),
+    "CumSum": (_ATEN.cumsum.default, 1),
+    "OneHot": (_ATEN.one_hot.default, 1),
+    "ArgMax": (_ATEN.argmax.default, 1),
+    "ArgMin": (_ATEN.argmin.default, 1),
+    # sizes, and what is made from nothing else
+    "Shape": (_ATEN.scalar_tensor.default, 0),
+    "Size": (_ATEN.scalar_tensor.default, 0),
+    "Range": (_ATEN.arange.default, 0),
+    "ConstantOfShape": (_ATEN.full.default, 0),
     "DepthToSpace": (_ATEN.pixel_shuffle.default, 1),
     "SpaceToDepth": (_ATEN.pixel_unshuffle.default, 1),
     # averages, joins, and element by element
@@ -48,6 +62,11 @@ OPS: dict[str, tuple[Any, int | None]] = {
     "GlobalAveragePool": (_ATEN.adaptive_avg_pool2d.default, 1),
     "ReduceMean": (_ATEN.mean.dim, 1),
     "ReduceSum": (_ATEN.sum.dim_IntList, 1),
+    "ReduceL1": (_ATEN.norm.ScalarOpt_dim, 1),
+    "ReduceL2": (_ATEN.norm.ScalarOpt_dim, 1),
+    "ReduceProd": (_ATEN.prod.dim_int, 1),
+    "ReduceSumSquare": (_ATEN.sum.dim_IntList, 1),
+    "ReduceLogSumExp": (_ATEN.logsumexp.default, 1),
     "Concat": (_ATEN.cat.default, None),
     **{
         name: (target, None)
@@ -59,6 +78,8 @@ OPS: dict[str, tuple[Any, int | None]] = {
             "Pow": _ATEN.pow.Tensor_Tensor,
             "Max": _ATEN.maximum.default,
             "Min": _ATEN.minimum.default,
+            "Mod": _ATEN.remainder.Tensor,
+            "Xor": _ATEN.logical_xor.default,
             "Where": _ATEN.where.self,
             "And": _ATEN.logical_and.default,
             "Or": _ATEN.logical_or.default,
@@ -102,6 +123,12 @@ OPS: dict[str, tuple[Any, int | None]] = {
             "Log": _ATEN.log.default,
             "Sqrt": _ATEN.sqrt.default,
             "Reciprocal": _ATEN.reciprocal.default,
+            **{
+                name.capitalize(): getattr(_ATEN, name).default
+                for name in ("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "sign")
+            },
+            "ThresholdedRelu": _ATEN.threshold.default,
+            "IsInf": _ATEN.isinf.default,
             "Erf": _ATEN.erf.default,
             "Floor": _ATEN.floor.default,
             "Ceil": _ATEN.ceil.default,
@@ -114,5 +141,11 @@ OPS: dict[str, tuple[Any, int | None]] = {
 }
 """Op -> the ATen op, and how many of its inputs are data (None for all); the rest say how."""
 
+UNKNOWN = _ATEN.where.self
+"""What an op without a row is taken for: it writes a tensor of its own, from all its inputs."""
+
 PLACES = {"ScatterND": 1, "ScatterElements": 1}
-"""Op -> the input among its data that only says where."""
+"""Op -> the input among its data that only says where: it counts if it is always the same."""
+
+SIZED = frozenset({"Expand", "Tile", "ConstantOfShape", "Range"})
+"""Ops whose inputs behind the data are the size of what they make."""

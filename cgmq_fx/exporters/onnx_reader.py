@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,15 @@ from torch.fx import Node
 
 from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.exporters.cost_graph import Array, CostGraph, Counted, Manifest, Shape
-from cgmq_fx.exporters.onnx_ops import COMPUTE, OPS, PLACES
+from cgmq_fx.exporters.onnx_ops import COMPUTE, OPS, PLACES, SIZED, UNKNOWN
+from cgmq_fx.exporters.onnx_parts import Whole, wholes
+from cgmq_fx.exporters.onnx_shapes import value_types
 from cgmq_fx.exporters.qonnx_reader import as_integers, is_qonnx
 
 MANIFEST = "cgmq_fx"
 _MOST_BYTES = 1 << 31
 _LIMITS: dict[str, tuple[int, ...]] = {"Max": (0,), "Min": (1,), "Clip": (0, 1)}
 """Which ends of the values an op limits: lower, upper."""
-
-_SHAPELESS = frozenset({"GroupNormalization"})
-"""Ops whose output has the shape of their first input, which onnx's inference does not tell."""
 
 
 def read_onnx(path: Path) -> Counted:
@@ -49,7 +47,7 @@ def read_onnx(path: Path) -> Counted:
         manifest = _manifest(model, path)
         if is_qonnx(model):
             model = as_integers(model)
-        reader = _Reader(_with_shapes(model, manifest.batch), manifest)
+        reader = _Reader(_sized(model, manifest.batch), manifest)
         outputs = reader.read()
     except ArtifactError:
         raise
@@ -65,14 +63,17 @@ def _manifest(model: Any, path: Path) -> Manifest:
     return Manifest.from_text(texts[0], str(path))
 
 
-def _with_shapes(model: Any, batch: int) -> Any:
-    """The model with every shape worked out anew from the shapes of its inputs."""
+def _sized(model: Any, batch: int) -> Any:
+    """The model with sizes for inputs, which every other shape is worked out anew from."""
     import onnx
 
     if model.functions or any(o.domain not in ("", "ai.onnx") for o in model.opset_import):
         raise ArtifactError("the file holds functions or ops of other domains")
     if any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer):
         raise ArtifactError("the file keeps tensors in another file")
+    for node in model.graph.node:
+        if any(a.g.node or a.graphs for a in node.attribute):
+            raise ArtifactError(f"{node.name} ({node.op_type}) holds a graph of its own")
     del model.graph.value_info[:]
     for put in model.graph.input:
         for size in put.type.tensor_type.shape.dim:
@@ -83,29 +84,7 @@ def _with_shapes(model: Any, batch: int) -> Any:
             raise ArtifactError(
                 f"the manifest states a batch of {batch}, the file has a smaller one"
             )
-    for given in model.graph.output:
-        given.type.tensor_type.ClearField("shape")
-    with _as_identities(model.graph):
-        found = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    del found.graph.node[:]
-    found.graph.node.extend(model.graph.node)
-    return found
-
-
-@contextmanager
-def _as_identities(graph: Any) -> Iterator[None]:
-    """For a while, what keeps the shape of its input though onnx does not say so is an identity."""
-    replaced = []
-    for node in graph.node:
-        if node.op_type in _SHAPELESS:
-            replaced.append((node, node.SerializeToString()))
-            del node.input[1:], node.attribute[:]
-            node.op_type = "Identity"
-    try:
-        yield
-    finally:
-        for node, whole in replaced:
-            node.ParseFromString(whole)
+    return model
 
 
 class _Reader:
@@ -120,26 +99,33 @@ class _Reader:
         self._kinds = onnx.TensorProto
         self._constants = {t.name: t for t in model.graph.initializer}
         self._nodes: dict[str, Node] = {}
+        self._wholes: dict[str, Whole] = {}
         self._makers = {out: node for node in model.graph.node for out in node.output}
         self._readers = Counter(name for node in model.graph.node for name in node.input)
-        values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
-        self._types = {value.name: value.type.tensor_type for value in values}
+        self._readers.update(out.name for out in model.graph.output)
+        self._types = {name: kind.tensor_type for name, kind in value_types(model).items()}
+        self._varying = {put.name for put in model.graph.input}
         for node in model.graph.node:
+            if not self._varying.isdisjoint(node.input):
+                self._varying.update(node.output)
             if node.op_type == "Constant":
                 self._constants[node.output[0]] = node.attribute[0].t
-            if any(a.g.node or a.graphs for a in node.attribute):
-                raise ArtifactError(f"{node.name} holds a graph of its own")
 
     def read(self) -> list[Node]:
         """Build the graph."""
         for put in self._model.graph.input:
             self._nodes[put.name] = self.graph.input(*self._described(put.name))
         needed = self._needed()
-        for node in self._model.graph.node:
-            used = not needed.isdisjoint(node.output)
-            if used and node.op_type not in ("QuantizeLinear", "Constant"):
+        nodes = [n for n in self._model.graph.node if not needed.isdisjoint(n.output)]
+        returned = [out.name for out in self._model.graph.output]
+        for whole in wholes(
+            nodes, returned, frozenset(self._varying), self._data_inputs, self._elements
+        ):
+            self._wholes |= dict.fromkeys(whole.made, whole)
+        for node in nodes:
+            if node.op_type not in ("QuantizeLinear", "Constant"):
                 self._read(node)
-        return [self._value(out.name) for out in self._model.graph.output]
+        return [self._value(name) for name in returned]
 
     def _needed(self) -> set[str]:
         """The values that data flows through: not those that only sizes are computed from."""
@@ -156,11 +142,14 @@ class _Reader:
         _, count = OPS.get(node.op_type, (None, None))
         places = PLACES.get(node.op_type)
         given = enumerate(list(node.input)[:count])
-        return [name for index, name in given if name and index != places]
+        moving = self._varying
+        return [name for index, name in given if name and (index != places or name not in moving)]
 
     def _read(self, node: Any) -> None:
         name = node.output[0]
-        if node.op_type == "DequantizeLinear":
+        if name in self._wholes:
+            self._read_part(node, self._wholes[name])
+        elif node.op_type == "DequantizeLinear":
             self._nodes[name] = self._dequantized(node)
         elif self._is_clip_of_codes(node):
             return
@@ -169,29 +158,37 @@ class _Reader:
         else:
             self._nodes[name] = self._other(node)
 
+    def _read_part(self, node: Any, whole: Whole) -> None:
+        """The last part of an op makes what the op makes, the others make nothing."""
+        if whole.output in node.output:
+            given = tuple(self._value(name) for name in whole.inputs)
+            made = self.graph.call(whole.target, given, *self._described(whole.output))
+            self._nodes[whole.output] = made
+
+    def _elements(self, name: str) -> int:
+        return int(np.prod(self._described(name)[0]))
+
     def _other(self, node: Any) -> Node:
         target, _ = OPS.get(node.op_type, (None, None))
         if target is None:
             self.graph.unknown.append(f"{node.name} ({node.op_type})")
-            target = torch.ops.aten.clone.default
+            target = UNKNOWN
         given = [self._value(name) for name in self._data_inputs(node)]
         layer = self._layer_without_bias(node, given)
         if layer is not None:
             return layer
         if node.op_type == "Gather" and given[0].op != "call_function":
             target = torch.ops.aten.embedding.default
-        if node.op_type == "Expand" and self._constant(node.input[1]) is None:
+        if node.op_type in SIZED and not self._varying.isdisjoint(list(node.input)[len(given) :]):
             target = torch.ops.aten.expand_as.default  # to a size that depends on the batch
-            given.append(self._nodes[self._model.graph.input[0].name])
+            number = self.graph.call(torch.ops.aten.full.default, ([], 0.0), ())
+            given = [*(given or [number]), self._nodes[self._model.graph.input[0].name]]
         if node.op_type == "Concat":
             given = [given]  # type: ignore[list-item]
         if node.op_type == "Transpose":
             given.append(list(_attributes(node)["perm"]))  # type: ignore[arg-type]
-        for extra in list(node.output)[1:]:
-            if node.op_type == "Split":
-                self._nodes[extra] = self.graph.call(target, tuple(given), *self._described(extra))
-            elif extra and extra in self._types:
-                raise ArtifactError(f"{node.name} ({node.op_type}) has several outputs")
+        for extra in filter(self._readers.__getitem__, list(node.output)[1:]):
+            self._nodes[extra] = self.graph.call(target, tuple(given), *self._described(extra))
         return self.graph.call(target, tuple(given), *self._described(node.output[0]))
 
     def _product(self, node: Any) -> Node:
@@ -244,9 +241,10 @@ class _Reader:
         maker = self._makers.get(name)
         if maker is None or maker.op_type != "Transpose":
             return None
-        source = self._nodes.get(maker.input[0])
-        swapped = list(_attributes(maker)["perm"]) == [1, 0]
-        return source if swapped and source is not None and source.op == "call_module" else None
+        if list(_attributes(maker)["perm"]) != [1, 0] or maker.input[0] in self._varying:
+            return None
+        source = self._value(maker.input[0])
+        return source if source.op in ("call_module", "get_attr") else None
 
     def _dequantized(self, node: Any) -> Node:
         codes, scale = node.input[0], node.input[1]
@@ -300,7 +298,12 @@ class _Reader:
             maker = self._makers.get(name)
             places = () if maker is None else _LIMITS.get(maker.op_type, ())
             limits = [self._constant(other) for other in list(maker.input)[1:]] if maker else []
-            if maker is None or len(places) != len(limits) or any(v is None for v in limits):
+            if (
+                maker is None
+                or name in self._wholes
+                or len(places) != len(limits)
+                or any(v is None for v in limits)
+            ):
                 break
             for place, limit in zip(places, limits, strict=True):
                 ends[place] = np.rint(limit.reshape(step.shape) / step).astype(np.int64)  # type: ignore[union-attr]

@@ -1,21 +1,38 @@
-"""Whether ONNX can hold a float graph, tried before the model is trained."""
+"""Whether ONNX can hold a float graph, and be counted, tried before the model is trained."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch.fx import Node
 
-from cgmq_fx.cost_models.errors import ExportError
-from cgmq_fx.exporters.onnx_file import OPSET, Portable, run_onnx, translated
+from cgmq_fx.cost_models.errors import ArtifactError, ExportError
+from cgmq_fx.exporters.cost_graph import Manifest
+from cgmq_fx.exporters.onnx_file import OPSET, Portable, run_onnx, translated, without_notes
+from cgmq_fx.exporters.onnx_reader import read_onnx
 from cgmq_fx.exporters.program import exported_program
 from cgmq_fx.passes.capture import Captured
 from cgmq_fx.passes.copying import copy_graph
+from cgmq_fx.passes.infra import run_passes
+from cgmq_fx.passes.optable import argument
+from cgmq_fx.passes.pools import PoolsAsMeans
+
+
+def _draws(node: Node) -> bool:
+    """Whether a node draws random numbers where a model is deployed."""
+    switch = argument(node, "train", argument(node, "training", True)) if _may_draw(node) else False
+    return switch is True
+
+
+def _may_draw(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def onnx_refusal(captured: Captured) -> str | None:
-    """What torch.onnx or onnxruntime says against a graph: that it is written and run is tried.
+    """What speaks against a graph in ONNX: that it is written, run and read back is tried.
 
     Args:
         captured: The captured and normalised float graph, with its example inputs.
@@ -24,16 +41,26 @@ def onnx_refusal(captured: Captured) -> str | None:
         The reason, or None if it is taken. Without the packages that are needed, how to install
         them.
     """
-    module = copy_graph(captured.module).cpu().eval()
+    random = [n for n in captured.module.graph.nodes if _draws(n)]
+    if random:
+        return f"{random[0].name} draws random numbers, which no runtime draws as PyTorch does"
+    module = run_passes(copy_graph(captured.module).cpu().eval(), [PoolsAsMeans()])
     inputs = captured.inputs.to(torch.device("cpu")).at_least_two()
     with TemporaryDirectory() as folder:
         path = Path(folder) / "trial.onnx"
         try:
             Portable().check_installed()
-            translated(exported_program(module, inputs), {}, OPSET).save(path)
+            import onnx_ir as ir
+
+            exported = translated(exported_program(module, inputs), {}, OPSET)
+            manifest = json.dumps(Manifest(inputs.batch or 1).to_json())
+            ir.save(without_notes(exported.model, manifest), path)
             run_onnx(path, [inputs])
+            read_onnx(path)
         except ExportError as error:
             return str(error)
+        except ArtifactError as error:
+            return f"what its file would cost cannot be counted: {error}"
         except Exception as error:  # noqa: BLE001 - the runtime's errors have no class in common
             return f"onnxruntime does not run it: {error}"
     return None

@@ -20,6 +20,7 @@ from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.contain import HoistCodes
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.infra import run_passes
+from cgmq_fx.passes.pools import PoolsAsMeans
 from cgmq_fx.passes.quant_nodes import MarkQuants
 from cgmq_fx.passes.shapes import PropagateShapes
 
@@ -43,7 +44,7 @@ class QONNX(Exporter):
         import onnx_ir as ir
 
         sample = first_sample(source.inputs)
-        passes = [HoistCodes(joins=False), PropagateShapes(sample), MarkQuants()]
+        passes = [HoistCodes(joins=False), PropagateShapes(sample), MarkQuants(), PoolsAsMeans()]
         module = run_passes(copy_graph(source.lowered), passes)
         try:
             with quiet(), torch.no_grad():
