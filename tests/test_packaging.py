@@ -203,8 +203,8 @@ def test_wheel_holds_the_modules_and_nothing_else(wheel: Path) -> None:
 
 
 def test_wheel_is_small(wheel: Path) -> None:
-    """Code and templates only; 400 kB when this was written, of which docstrings are 80."""
-    assert wheel.stat().st_size < 420_000
+    """Code and templates only; 420 kB when this was written, of which docstrings are a fifth."""
+    assert wheel.stat().st_size < 450_000
 
 
 @pytest.mark.parametrize(
