@@ -65,7 +65,9 @@ class _Falls:
     freed: Floats
 
     def cheapest(self, missing: Floats, without: int) -> tuple[list[Entry], float]:
-        """The moves by loss per cost freed, and the estimated loss of freeing what is missing.
+        """The moves by loss per cost freed, and a floor of the loss of freeing what is missing.
+
+        The floor leaves out the last move that is needed.
 
         Args:
             missing: Shape (constraints,): what is above each bound, as a share of it.
