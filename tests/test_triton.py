@@ -8,7 +8,8 @@ import torch
 from cgmq_fx.passes.kernel import Statistic, reference, reference_backward
 from tests.test_native import CASES, drawn
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorated
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("Triton compiles for a GPU here: not interpreted", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed: its kernel is NOT tested here")
 triton_kernel = pytest.importorskip("cgmq_fx.passes.triton_kernel")
 
