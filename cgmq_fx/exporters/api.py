@@ -9,14 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from torch.fx import Node
-
 from cgmq_fx.cost_models.errors import CgmqError, DataError, ExportError, OptionError
 from cgmq_fx.data import Signature, calibration_batches
 from cgmq_fx.exporters.agreement import Agreement, Reference, outputs_of, trial_batches
 from cgmq_fx.exporters.certificate import Certificate, certify, manifest_of
 from cgmq_fx.exporters.exporter import Exporter, Source, find_exporter, in_float32
+from cgmq_fx.exporters.program import draws
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.result import Result
@@ -136,15 +134,11 @@ def _check_lowered(source: Source, reference: Reference) -> None:
     agreement = reference.compare(outputs_of(copy_graph(source.frozen), reference.batches))
     if agreement.holds:
         return
-    drawn = [node for node in source.lowered.graph.nodes if _draws(node)]
+    drawn = [node for node in source.lowered.graph.nodes if draws(node)]
     reason = f": {', '.join(n.name for n in drawn)} draws random numbers" if drawn else ""
     raise ExportError(
         f"the integers of the model do not compute what it computes itself{reason} ({agreement})"
     )
-
-
-def _draws(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _given(source: Source, samples: Iterable[Any]) -> list[ExampleInputs]:

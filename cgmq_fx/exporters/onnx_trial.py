@@ -7,28 +7,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch.fx import Node
 
 from cgmq_fx.cost_models.errors import ArtifactError, ExportError
 from cgmq_fx.exporters.cost_graph import Manifest
 from cgmq_fx.exporters.onnx_file import OPSET, Portable, run_onnx, translated, without_notes
 from cgmq_fx.exporters.onnx_reader import read_onnx
-from cgmq_fx.exporters.program import exported_program
+from cgmq_fx.exporters.program import draws, exported_program
 from cgmq_fx.passes.capture import Captured
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.infra import run_passes
-from cgmq_fx.passes.optable import argument
 from cgmq_fx.passes.pools import PoolsAsMeans
-
-
-def _draws(node: Node) -> bool:
-    """Whether a node draws random numbers where a model is deployed."""
-    switch = argument(node, "train", argument(node, "training", True)) if _may_draw(node) else False
-    return switch is True
-
-
-def _may_draw(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def onnx_refusal(captured: Captured) -> str | None:
@@ -41,7 +29,7 @@ def onnx_refusal(captured: Captured) -> str | None:
         The reason, or None if it is taken. Without the packages that are needed, how to install
         them.
     """
-    random = [n for n in captured.module.graph.nodes if _draws(n)]
+    random = [n for n in captured.module.graph.nodes if draws(n)]
     if random:
         return f"{random[0].name} draws random numbers, which no runtime draws as PyTorch does"
     module = run_passes(copy_graph(captured.module).cpu().eval(), [PoolsAsMeans()])

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from cgmq_fx.cost_models.errors import ExportError
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.codes import IN_ATEN
+from cgmq_fx.passes.optable import argument
 from cgmq_fx.passes.tracing import free_batch, is_free
 
 
@@ -73,3 +74,10 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def draws(node: Node) -> bool:
+    """Whether a node draws random numbers where a model is deployed."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    return argument(node, "train", argument(node, "training", True)) is True
