@@ -7,7 +7,7 @@ take more than 2^31 of them. A wider range rounds these weights to zero, which c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from cgmq_fx.calibrate import RangeTable
+from cgmq_fx.passes.bias import roundings
 from cgmq_fx.passes.grid import finest_step
-from cgmq_fx.passes.quantizer import INT32_CODES, BiasQuantizer, Quantizer
-from cgmq_fx.passes.state import tensor_at
+from cgmq_fx.passes.quantizer import INT32_CODES, Quantizer
 
 _WIDEST = 8
 """Most bits of both factors for which a runtime with int32 sums is assumed."""
@@ -37,27 +37,17 @@ def with_room_for_biases(
         tables: What calibration found.
     """
     found = dict(tables)
-    for bias, first, second in _biases(module):
+    for rounding in roundings(module):
+        first, second = rounding.input, rounding.weight
         if first not in tables or second not in tables:
             continue
         inputs = _steps(quantizers[first], tables[first])
         if not inputs:
             continue
         finest = torch.stack([step.amin() for step in inputs.values()]).amin()
-        least = _ROOM * bias.detach().abs().float() / (INT32_CODES * finest)
+        least = _ROOM * rounding.bias.abs().float() / (INT32_CODES * finest)
         found[second] = _widened(quantizers[second], found[second], least)
     return found
-
-
-def _biases(module: GraphModule) -> Iterator[tuple[Tensor, str, str]]:
-    """Every bias on the grid of its accumulator, and the quantizers of input and weight."""
-    for node in module.graph.find_nodes(op="call_module"):
-        if isinstance(module.get_submodule(str(node.target)), BiasQuantizer):
-            bias, first, _, second, _ = node.args
-            tensor = tensor_at(module, bias.target)
-            if tensor is not None:
-                first, second = (str(read.target).split(".")[-2] for read in (first, second))
-                yield tensor, first, second
 
 
 def _steps(quantizer: Quantizer, table: RangeTable) -> dict[int, Tensor]:

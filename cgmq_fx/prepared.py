@@ -52,6 +52,13 @@ from cgmq_fx.passes.normalise import (
     RemoveNoOps,
     SwitchModes,
 )
+from cgmq_fx.passes.norms import (
+    NORMS,
+    FoldNormalisers,
+    NormaliseBatches,
+    forget_norms,
+    measured_norms,
+)
 from cgmq_fx.passes.processes import refuse_sharded
 from cgmq_fx.passes.prune import RemovePrunedChannels
 from cgmq_fx.passes.quantizer import Quantizer
@@ -95,9 +102,10 @@ class Prepared:
         self._search_steps = search_steps
         self._start: Assignment | None = None
         self.model, self.facts = quantized_graph(captured, scheme)
-        recompute_rounded(self.model)
         check_cost_models(self.facts, budget)
         check_feasible(self.facts, budget)
+        run_passes(self.model, [NormaliseBatches()])
+        recompute_rounded(self.model)
         references = Ledger(self.facts, budget, lowest_bits(self.facts)).references
         self.budget = budget.referring_to(references)
         self._controller = self._controlled(self._ranges([captured.inputs]))
@@ -147,7 +155,7 @@ class Prepared:
         if self._controller.taken:
             raise OptionError("a start must be given before the first step")
         own = self.model.state_dict()
-        grids = (f"{QUANTIZERS}.", f"{BIASES}.")
+        grids = (f"{QUANTIZERS}.", f"{BIASES}.", f"{NORMS}.")
         given = result.model.state_dict()
         found = {
             name: tensor
@@ -161,6 +169,7 @@ class Prepared:
                 f"{tuple(own[missing[0]].shape)}"
             )
         self.model.load_state_dict(found, strict=False)
+        forget_norms(self.model)
         self._start = result.cost.assignment
         self._controller.start(self._start)
 
@@ -183,7 +192,8 @@ class Prepared:
         signature = Signature.like(self._inputs, self.parameter_names)
         device = device_of(self.model)
         seen = calibration_batches(data, signature, supervised=False, count=batches, device=device)
-        tables = self._ranges(seen)
+        with measured_norms(self.model):
+            tables = self._ranges(seen)
         if self._direction.measured:
             align_signs(self.model)
             own = self._quantizers
@@ -279,6 +289,7 @@ class Prepared:
         """
         self._controller.freeze()
         passes = [
+            FoldNormalisers(),
             Freeze(self._controller.assignment),
             PropagateShapes(self._inputs),
             RemovePrunedChannels(),
@@ -289,7 +300,8 @@ class Prepared:
 
     def _ranges(self, batches: list[ExampleInputs]) -> dict[str, RangeTable]:
         own = self._quantizers
-        inputs = frozenset(self.parameter_names) & frozenset(own)
+        placeholders = self.model.graph.find_nodes(op="placeholder")
+        inputs = frozenset(node.name for node in placeholders) & frozenset(own)
         with unchanged_buffers(self.model):
             tables = calibrate(self.model, own, batches, inputs)
         return with_room_for_biases(self.model, own, tables)

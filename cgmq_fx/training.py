@@ -12,6 +12,7 @@ from torch.optim import LBFGS, Adam, Optimizer
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import DataError, OptionError
+from cgmq_fx.passes.norms import normalised_weights
 from cgmq_fx.passes.quantizer import Quantizer
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
@@ -23,6 +24,9 @@ _SHARE = 0.01
 
 _LEAST_RATE = 1e-4
 _WEIGHT_RATE = 1e-3
+_NORMALISED = 3.0
+"""By how much faster weights move whose scale a batch norm undoes."""
+
 _RANGE_RATE = 1e-2
 _WARMUP = 0.02
 _SEARCH_SHARE = 0.4
@@ -60,12 +64,14 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     relative one as it is.
     """
     quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
+    normalised = normalised_weights(model)
     ranges = [q.log_range for q in quantizers]
     own = {id(p) for p in ranges}
     by_rate: dict[float, list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad and id(parameter) not in own:
-            by_rate.setdefault(_rate(parameter), []).append(parameter)
+            rate = _rate(parameter) * (_NORMALISED if id(parameter) in normalised else 1.0)
+            by_rate.setdefault(rate, []).append(parameter)
     groups: list[dict[str, Any]] = [{"params": p, "lr": r} for r, p in sorted(by_rate.items())]
     if ranges:
         groups.append({"params": ranges, "lr": _RANGE_RATE, "weight_decay": 0.0})

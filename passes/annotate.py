@@ -39,7 +39,7 @@ from cgmq_fx.passes.state import (
 from cgmq_fx.passes.tracing import assumptions
 
 FACTS = "cgmq_facts"
-"""The one `node.meta` key of this library; its value is a `NodeFacts`."""
+"""The `node.meta` key of what a node costs; its value is a `NodeFacts`."""
 
 _OWN = (QUANTIZERS, BIASES)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from cgmq_fx.passes.infra import Pass, PassResult
 from cgmq_fx.passes.insert import QUANTIZERS, operands
 from cgmq_fx.passes.meeting import weight_axis
+from cgmq_fx.passes.normaliser import Normaliser
 from cgmq_fx.passes.optable import ComputeOp, argument, compute_op, set_argument
 from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer
 from cgmq_fx.passes.state import quantizer_of, shape_of, tensor_at
@@ -75,16 +77,48 @@ def _read(module: GraphModule, target: str) -> Node:
     return node
 
 
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """A bias that is rounded to the grid of its accumulator.
+
+    Attributes:
+        quantizer: What rounds it.
+        bias: What is rounded, with a normaliser behind the layer folded into it.
+        input: Name of the quantizer of the layer's input.
+        weight: Name of the quantizer of its weight.
+    """
+
+    quantizer: BiasQuantizer
+    bias: Tensor
+    input: str
+    weight: str
+
+
+def roundings(module: GraphModule) -> Iterator[Rounding]:
+    """Every bias that is rounded, in graph order."""
+    for node in module.graph.find_nodes(op="call_module"):
+        owner = module.get_submodule(str(node.target))
+        quantizer = owner.rounding if isinstance(owner, Normaliser) else owner
+        if not isinstance(quantizer, BiasQuantizer):
+            continue
+        reads: Any = node.args[1:] if isinstance(owner, Normaliser) else node.args
+        bias = tensor_at(module, reads[0].target)
+        if bias is None:
+            continue
+        if isinstance(owner, Normaliser):
+            bias = owner.folded(bias)
+        first, second = (str(read.target).split(".")[-2] for read in (reads[1], reads[3]))
+        yield Rounding(quantizer, bias.detach(), first, second)
+
+
 def align_signs(module: GraphModule) -> None:
     """Tell bias quantizers the signs of the grids that they read, after calibration changed one."""
-    for node in module.graph.nodes:
-        owner = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(owner, BiasQuantizer):
-            signs = []
-            for read in (node.args[1], node.args[3]):
-                quantizer = module.get_submodule(str(read.target).rpartition(".")[0])
-                signs.append(isinstance(quantizer, Quantizer) and quantizer.signed)
-            owner.input_signed, owner.weight_signed = signs
+    for found in roundings(module):
+        signs = []
+        for name in (found.input, found.weight):
+            quantizer = module.get_submodule(f"{QUANTIZERS}.{name}")
+            signs.append(isinstance(quantizer, Quantizer) and quantizer.signed)
+        found.quantizer.input_signed, found.quantizer.weight_signed = signs
 
 
 @dataclass(frozen=True)

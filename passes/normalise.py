@@ -17,6 +17,10 @@ from cgmq_fx.passes.optable import Layout, argument, compute_op, set_argument
 from cgmq_fx.passes.quantizer import TrainingFlag
 from cgmq_fx.passes.state import drop_unused_state, groups_of, set_tensor, shape_of, tensor_at
 
+FOLDED_NORM = "cgmq_folded_norm"
+"""The `node.meta` key of a layer that a trained batch norm was folded into, until it is quantized:
+mean and variance per channel of the layer's output without its bias, in float64."""
+
 TRAINING_FLAG = "cgmq_training"
 _ATEN = torch.ops.aten
 _FLAGS = {
@@ -193,7 +197,9 @@ class FoldBatchNorm(Pass):
     """Fold batch norm with running statistics into the convolution or linear layer before it.
 
     Before: a graph captured in evaluation mode, with shapes. After: the same function in evaluation
-    mode; layers whose output or weight is read elsewhere keep their batch norm.
+    mode; layers whose output or weight is read elsewhere keep their batch norm. Of those that have
+    lost one that was trained, `meta[FOLDED_NORM]` is mean and variance of what they give without
+    bias.
     """
 
     def run(self, module: GraphModule) -> PassResult:
@@ -226,6 +232,10 @@ def _fold(module: GraphModule, norm: Node, reads: Counter[str]) -> bool:
     bias = _optional_tensor(module, argument(layer, "bias"))
     scale = (var.double() + argument(norm, "eps")).rsqrt()
     scale = scale if gamma is None else scale * gamma.double()
+    if all(t is None or t.requires_grad for t in (weight, gamma, beta)):
+        seen = mean.double() if bias is None else mean.double() - bias.double()
+        spread = var.double() * scale.square()
+        layer.meta[FOLDED_NORM] = ((seen * scale).detach(), spread.detach())
     shift = -mean.double() if bias is None else bias.double() - mean.double()
     shift = shift * scale if beta is None else shift * scale + beta.double()
     set_tensor(module, str(weight_node.target), _scaled(layer, weight, scale))

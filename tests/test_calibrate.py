@@ -150,6 +150,12 @@ def test_an_input_is_unsigned_iff_the_data_is_never_negative(low: float, signed:
     assert own(run)["tanh"].signed
 
 
+def test_an_input_may_have_the_name_of_a_builtin() -> None:
+    run = prepared(nn.Sequential(nn.Linear(8, 2)), torch.randn(2, 8))  # its argument is `input`
+    run.calibrate([torch.rand(4, 8)])
+    assert not own(run)["input_1"].signed
+
+
 def test_ranges_do_not_depend_on_how_often_one_calibrates() -> None:
     once, twice = (prepared(Model(), torch.ones(2, 8)) for _ in range(2))
     twice.model.load_state_dict(once.model.state_dict())

@@ -19,19 +19,20 @@ from cgmq_fx.passes.quantizer import Quantizer
 STEPS = 12
 
 
-def net() -> nn.Module:
+def net(norm: bool = False) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    between = [nn.BatchNorm2d(4)] if norm else []
+    return nn.Sequential(nn.Conv2d(1, 4, 3), *between, nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
 
 
-def trained(rank: int, count: int) -> dict[str, Any]:
+def trained(rank: int, count: int, norm: bool) -> dict[str, Any]:
     """What a search looked like, on this process's part of every batch."""
     generator = torch.Generator().manual_seed(1)
     data = [
         (torch.rand(16, 1, 8, 8, generator=generator), torch.randint(3, (16,), generator=generator))
         for _ in range(STEPS)
     ]
-    run = cgmq_fx.prepare(net(), "bops <= 2%", data[0][0], search_steps=STEPS)
+    run = cgmq_fx.prepare(net(norm), "bops <= 2%", data[0][0], search_steps=STEPS)
     run.calibrate(data)
     model: nn.Module = DistributedDataParallel(run.model) if count > 1 else run.model
     optimizer = torch.optim.SGD(run.model.parameters(), 1e-2)
@@ -55,15 +56,19 @@ def work(rank: int, count: int, folder: str) -> None:
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count
     )
-    torch.save(trained(rank, count), f"{folder}/{rank}.pt")
+    torch.save([trained(rank, count, norm) for norm in (False, True)], f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore")  # of the processes' start
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
     spawn(work, (2, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    alone = trained(0, 1)
+    both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for norm in (False, True):
+        _compare(both[0][norm], both[1][norm], trained(0, 1, norm))
+
+
+def _compare(first: dict[str, Any], second: dict[str, Any], alone: dict[str, Any]) -> None:
     assert len(alone["levels"].unique(dim=0)) > 2
     for other in (second, alone):
         assert torch.equal(first["levels"], other["levels"])

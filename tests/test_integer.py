@@ -96,12 +96,12 @@ def test_a_multiplier_and_a_shift_are_a_factor(rounding: Rounding, ratio: float)
 
 
 def test_the_accumulator_s_bits_are_those_of_the_largest_sum() -> None:
-    """Three products of ternary codes: 3 takes two bits, its sign one."""
+    """Three products of ternary codes with codes up to 3: 9 takes four bits, its sign one."""
     layer = nn.Linear(3, 1, bias=False)
     nn.init.ones_(layer.weight)
     result = prepare(layer, "bops <= 1%", torch.rand(4, 3), scheme=Scheme((2,))).finalize()
     found = simulate(result, torch.full((2, 3), 100.0))
-    assert found.accumulator_bits == 3
+    assert found.accumulator_bits == 5
     expected = call(result.model, ExampleInputs((torch.full((2, 3), 100.0),)))
     torch.testing.assert_close(found.outputs, expected)
 

@@ -1,0 +1,143 @@
+"""Batch norm while training, behind a layer that it has been folded into."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cgmq_fx.passes.processes import process_count
+from cgmq_fx.passes.quantizer import BiasQuantizer, kept_channels
+
+_FEWEST, _SAMPLES = 16, 8
+"""Values per channel, and samples, below which a batch does not tell what mean and variance are."""
+
+_LEAST_FACTOR = 1e-8
+
+
+@final
+class Normaliser(nn.Module):
+    """Normalises what a layer without bias gives, then scales and shifts it.
+
+    In training mode by mean and variance of the batch, where it is not too small for that, in
+    evaluation mode by their moving averages. Then both together are the layer with its weight times
+    `factor` and the bias `folded`, which is what is deployed. That bias is rounded to the grid of
+    its accumulator; the error of that is in the output here, too.
+
+    Rounding moves means and variances of all layers, and with few bits by much; what follows need
+    not unlearn that, and the weights may move faster.
+
+    Args:
+        mean: Of the layer's output without bias, shape (channels,).
+        variance: Likewise.
+        rounding: Rounds the deployed bias; None if that is in float.
+        momentum: Weight of a batch in the moving averages.
+
+    Attributes:
+        gain: What the normalised output is multiplied with, shape (channels,); trained. The shift
+            is the parameter that was the layer's bias.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(
+        self, mean: Tensor, variance: Tensor, rounding: BiasQuantizer | None, momentum: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.rounding = rounding
+        self.momentum = momentum
+        self.eps = 1e-5 * float(variance.mean()) + 1e-30
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("variance", variance.clone())
+        self.gain = nn.Parameter(self._deviation())
+
+    def _deviation(self) -> Tensor:
+        return (self.variance + self.eps).sqrt()
+
+    @property
+    def factor(self) -> Tensor:
+        """What the weight is multiplied with when all is folded into the layer: (channels,)."""
+        factor = self.gain / self._deviation()
+        small = factor.abs() < _LEAST_FACTOR
+        return torch.where(small, _LEAST_FACTOR, factor)
+
+    def folded(self, shift: Tensor) -> Tensor:
+        """The bias of the layer when all is folded into it, before it is rounded."""
+        return shift - self.factor * self.mean
+
+    @torch.no_grad()
+    def restart(self, mean: Tensor, variance: Tensor, shift: Tensor) -> None:
+        """Take up other statistics, changing `gain` and `shift` so that nothing else changes."""
+        factor, bias = self.factor, self.folded(shift)
+        self.mean.copy_(mean)
+        self.variance.copy_(variance)
+        self.gain.copy_(factor * self._deviation())
+        shift.copy_(bias + factor * self.mean)
+
+    def forward(self, x: Tensor, shift: Tensor, *grids: Tensor) -> Tensor:
+        """The normalised output.
+
+        Args:
+            x: Shape (batch, channels, ...).
+            shift: Shape (channels,).
+            grids: What `BiasQuantizer.forward` takes besides the bias, if there is a grid.
+        """
+        together = self.training and process_count() > 1
+        enough = x.numel() >= _FEWEST * x.shape[1] and x.shape[0] >= _SAMPLES
+        by_batch = self.training and (enough or together)
+        if self.rounding is not None:
+            shift = self._rounded(shift, grids, by_batch)
+        if together:
+            return self._together(x, shift)
+        return F.batch_norm(
+            x, self.mean, self.variance, self.gain, shift, by_batch, self.momentum, self.eps
+        )
+
+    def _rounded(self, shift: Tensor, grids: tuple[Tensor, ...], by_batch: bool) -> Tensor:
+        """The shift with the error that rounding the folded bias will make."""
+        assert self.rounding is not None
+        input_log_range, input_bits, weight_log_range, weight_bits = grids
+        with torch.no_grad():
+            factor, bias = self.factor, self.folded(shift)
+            log_factor = factor.abs().log().to(weight_log_range.dtype)
+            log_range = weight_log_range + log_factor.reshape(weight_log_range.shape)
+            rounded = self.rounding(bias, input_log_range, input_bits, log_range, weight_bits)
+            error = rounded - bias
+        shift = shift + error
+        if by_batch and self.rounding.axis is not None:  # pruned, the mean of the batch is zero
+            shift = shift * kept_channels(weight_bits, self.rounding.axis).to(shift.dtype)
+        return shift
+
+    def _together(self, x: Tensor, shift: Tensor) -> Tensor:
+        """By mean and variance of the batches of all processes, if these are not too small."""
+        from torch.distributed.nn.functional import all_reduce  # slow to import
+
+        dims = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        about = self.mean.clone()  # sums of squares about it lose no digits
+        moved = x - about.reshape(shape)
+        channels, samples = x.shape[1], x.shape[0]
+        size = moved.new_tensor([x.numel() // max(1, channels), samples])
+        own = torch.cat([moved.sum(dims), moved.square().sum(dims), size])
+        first, second, size = all_reduce(own).split([channels, channels, 2])
+        values, samples = size.detach().unbind()
+        first = first / values.clamp(min=1.0)
+        variance = (second / values.clamp(min=1.0) - first.square()).clamp(min=0.0)
+        told = (values >= _FEWEST) & (samples >= _SAMPLES)
+        first = torch.where(told, first, torch.zeros_like(first))
+        variance = torch.where(told, variance, self.variance)
+        with torch.no_grad():
+            weight = self.momentum * told.to(first.dtype)
+            self.mean.copy_(torch.lerp(about, about + first, weight))
+            unbiased = variance * (values / (values - 1.0).clamp(min=1.0))
+            self.variance.copy_(torch.lerp(self.variance, unbiased, weight))
+        factor = self.gain * (variance + self.eps).rsqrt()
+        y: Tensor = moved * factor.reshape(shape) + (shift - first * factor).reshape(shape)
+        return y
+
+    def extra_repr(self) -> str:
+        """The number of channels."""
+        return f"channels={self.mean.numel()}"
