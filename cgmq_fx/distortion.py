@@ -3,7 +3,8 @@
 Gradients tell how the loss answers to small errors that do not depend on each other. Few bits make
 large ones that do, and not alike in weights and activations. So at calibration every quantizer is
 given each of its low bit-widths in turn, with all others open, and the change of the output is
-measured. Nothing but inputs is needed: no labels, and no loss.
+measured. Nothing but inputs is needed: no labels, and no loss. Batch norms that normalise in
+training do so here: what they take back at once does not count.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.utils import _pytree as pytree
 from cgmq_fx.calibrate import RangeTable
 from cgmq_fx.passes.grid import PASS_THROUGH
 from cgmq_fx.passes.inputs import ExampleInputs
+from cgmq_fx.passes.norms import normalised_batches
 from cgmq_fx.passes.quantizer import Quantizer
 
 _LOG = logging.getLogger(__name__)
@@ -111,13 +113,8 @@ class _Meter:
         try:
             for quantizer in self._quantizers.values():
                 quantizer.bits.fill_(PASS_THROUGH)
-            before = self._outputs()
-            if not before or not all(bool(t.isfinite().all()) for t in before):
-                return {}
-            return {
-                name: {level: self._error(name, level, before) for level in own}
-                for name, own in levels.items()
-            }
+            with normalised_batches(self._module):
+                return self._errors(levels)
         except (LookupError, RuntimeError, TypeError, ValueError) as error:  # depends on values
             _LOG.info("what bit-widths do to the output cannot be measured: %s", error)
             return {}
@@ -127,6 +124,15 @@ class _Meter:
                 quantizer.bits.copy_(bits)
                 quantizer.log_range.copy_(log_range)
             self._module.train(training)
+
+    def _errors(self, levels: Mapping[str, list[int]]) -> dict[str, dict[int, float]]:
+        before = self._outputs()
+        if not before or not all(bool(t.isfinite().all()) for t in before):
+            return {}
+        return {
+            name: {level: self._error(name, level, before) for level in own}
+            for name, own in levels.items()
+        }
 
     def _error(self, name: str, level: int, before: list[Tensor]) -> float:
         quantizer = self._quantizers[name]

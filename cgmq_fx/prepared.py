@@ -73,12 +73,16 @@ from cgmq_fx.verify import verify
 
 DEFAULT_SEARCH_STEPS = 1000
 _CALIBRATION_BATCHES = 8
+_KNOWN_SHARE = 0.125
+"""Share of the search that gates take where calibration has told what they are worth."""
 
 
 class Prepared:
     """A model being quantized in a loop of one's own.
 
-    Call `step()` after every `optimizer.step()`. For the first `search_steps` steps the gates move;
+    Call `step()` after every `optimizer.step()`. For the first `search_steps` steps the gates move
+    (for an eighth of them where calibration has told what all bit-widths are worth, which takes one
+    gate per tensor);
     then the bit-widths are frozen at the best assignment that satisfies the budget, and further
     training tunes weights and ranges. `finalize()` works at any time, and always satisfies.
 
@@ -309,8 +313,11 @@ class Prepared:
     def _controlled(self, tables: Mapping[str, RangeTable]) -> Controller:
         self._tables = tables
         align_signs(self.model)
+        steps = self._search_steps
+        if _worth_is_known(self.facts, tables):
+            steps = max(1, round(_KNOWN_SHARE * steps))
         controller = Controller(
-            self._quantizers, self.facts, self.budget, tables, self._direction, self._search_steps
+            self._quantizers, self.facts, self.budget, tables, self._direction, steps
         )
         if self._start is not None:
             controller.start(self._start)
@@ -320,6 +327,14 @@ class Prepared:
     def _quantizers(self) -> dict[str, Quantizer]:
         container = self.model.get_submodule(QUANTIZERS)
         return {n: q for n, q in container.named_children() if isinstance(q, Quantizer)}
+
+
+def _worth_is_known(facts: GraphFacts, tables: Mapping[str, RangeTable]) -> bool:
+    """Whether gradients have nothing to tell: one gate per quantizer, and all were measured."""
+    return all(
+        quantizer.gates == 1 and tables[name].distortion is not None
+        for name, quantizer in facts.quantizers.items()
+    )
 
 
 def float_graph(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Captured:
@@ -392,7 +407,7 @@ def prepare(
         example_inputs: A tensor, a tuple of positional or a dict of keyword arguments; may be left
             out for models that know their own.
         scheme: Bit-widths and granularity; the default is one gate per tensor.
-        search_steps: Steps for which gates move; the bound is reached within half of them.
+        search_steps: Steps for which gates move, at most; the bound is reached within half of them.
         direction: Which way gates move, by name or a `Direction`.
         target: Where it is to run: a preset (`"onnxruntime"`, `"fpga"`, `"xnnpack"`, `"litert"`),
             a chip for latency and energy (a name, a file or a `Target`), or a sequence of both.

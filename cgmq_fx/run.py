@@ -86,7 +86,6 @@ class Run:
         self.loss = loss
         self.metric = metric
         self.steps = steps
-        self.search = search
         self.history = History()
         self.listeners = listeners
         self.device = device_of(self.model)
@@ -305,8 +304,9 @@ class Run:
         return TrainingError(f"step {number} of {self.steps} (phase {phase}): {what}")
 
     def _record_gates(self, record: StepRecord) -> None:
-        every = max(1, self.search // _GATE_RECORDS)
-        if record.step >= self.search or (record.step + 1) % every:
+        search = self.prepared.controller.steps
+        every = max(1, search // _GATE_RECORDS)
+        if record.step >= search or (record.step + 1) % every:
             return
         self.history.quantizers = tuple(self.prepared.controller.assignment)
         self.history.gates.append(self.prepared.gate_record(record.step))

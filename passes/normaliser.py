@@ -38,6 +38,7 @@ class Normaliser(nn.Module):
     Attributes:
         gain: What the normalised output is multiplied with, shape (channels,); trained. The shift
             is the parameter that was the layer's bias.
+        alone: Whether not to exchange statistics with other processes.
     """
 
     mean: Tensor
@@ -49,6 +50,7 @@ class Normaliser(nn.Module):
         super().__init__()
         self.rounding = rounding
         self.momentum = momentum
+        self.alone = False
         self.eps = 1e-5 * float(variance.mean()) + 1e-30
         self.register_buffer("mean", mean.clone())
         self.register_buffer("variance", variance.clone())
@@ -85,7 +87,7 @@ class Normaliser(nn.Module):
             shift: Shape (channels,).
             grids: What `BiasQuantizer.forward` takes besides the bias, if there is a grid.
         """
-        together = self.training and process_count() > 1
+        together = self.training and not self.alone and process_count() > 1
         enough = x.numel() >= _FEWEST * x.shape[1] and x.shape[0] >= _SAMPLES
         by_batch = self.training and (enough or together)
         if self.rounding is not None:

@@ -101,6 +101,21 @@ def measured_norms(module: GraphModule) -> Iterator[None]:
             owner.restart(found[node].mean, found[node].variance, _shift(module, node))
 
 
+@contextmanager
+def normalised_batches(module: GraphModule) -> Iterator[None]:
+    """Let a graph in evaluation mode normalise by the statistics of what it is called with."""
+    owners = [owner for _, owner in normalisers(module)]
+    try:
+        for owner in owners:
+            owner.train()
+            owner.alone = True
+        yield
+    finally:
+        for owner in owners:
+            owner.eval()
+            owner.alone = False
+
+
 def forget_norms(module: GraphModule) -> None:
     """Take the shifts for biases that have been folded already, and the gains as they started."""
     for node, owner in normalisers(module):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import cgmq_fx
 from cgmq_fx.history import EpochRecord, StepRecord
 from cgmq_fx.passes.freeze import read_bits
+from cgmq_fx.passes.scheme import Granularity
 from cgmq_fx.verify import verify
 from tests.random_nets import TinyCNN, TwoInputs, recount
 
@@ -177,12 +178,18 @@ def test_without_epochs_ranges_and_bits_are_chosen_all_the_same() -> None:
     assert result.metrics.keys() == {"loss", "accuracy"}
 
 
-def test_history_tells_steps_phases_and_costs() -> None:
-    history = supervised(epochs=4, val_data=labelled(4)).history
+@pytest.mark.parametrize(
+    ("weights", "searching"),
+    [("channel", 4), ("tensor", 0)],  # 40 % of 12 steps, or an eighth; the last one freezes
+)
+def test_history_tells_steps_phases_and_costs(weights: Granularity, searching: int) -> None:
+    history = supervised(
+        epochs=4, val_data=labelled(4), scheme=cgmq_fx.Scheme(weights=weights)
+    ).history
     phases = [step.phase for step in history.steps]
-    assert phases == ["search"] * 4 + ["tune"] * 8  # 40 % of 12 steps; the fifth one freezes
+    assert phases == ["search"] * searching + ["tune"] * (12 - searching)
     assert [step.step for step in history.steps] == list(range(12))
-    assert all(step.costs[0] <= 1 for step in history.steps[4:])
+    assert all(step.costs[0] <= 1 for step in history.steps[searching:])
     assert [epoch.epoch for epoch in history.epochs] == [1, 2, 3, 4]
     assert [epoch.satisfied for epoch in history.epochs[1:]] == [True] * 3
     assert all(epoch.metrics.keys() == {"loss", "accuracy"} for epoch in history.epochs)
