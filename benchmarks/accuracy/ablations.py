@@ -9,7 +9,7 @@ the same data, steps and seed. Rows go to `ablations.jsonl`, what is there is no
 import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -20,14 +20,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 import cgmq_fx
 from benchmarks.accuracy.cases import CASES, Files
 from benchmarks.lenet5 import accuracy
-from cgmq_fx import calibrate, controller, directions, run, training
+from cgmq_fx import calibrate, controller, directions, distortion, prepared, run, training
 from cgmq_fx.calibrate import RangeTable
 from cgmq_fx.history import StepRecord
+from cgmq_fx.passes import norms
+from cgmq_fx.passes.infra import PassResult
+from cgmq_fx.passes.norms import NormaliseBatches
 from cgmq_fx.projection import Projection
 
 console = Console()
@@ -109,6 +113,11 @@ def _sgd(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
     return torch.optim.SGD(rates, momentum=0.9)
 
 
+def _left(_: NormaliseBatches, module: GraphModule) -> PassResult:
+    module.add_module(norms.NORMS, nn.Module())
+    return PassResult(module, modified=False)
+
+
 @contextmanager
 def _patched(*patches: tuple[object, str, object]) -> Iterator[None]:
     with ExitStack() as stack:
@@ -142,6 +151,13 @@ PATCHES: dict[str, tuple[tuple[object, str, object], ...]] = {
         (training, "_WEIGHT_RATE", 3e-3),
     ),
     "a tenth of the ranges' rate": ((training, "_RANGE_RATE", 1e-3),),
+    "batch norm folded from the start": ((NormaliseBatches, "run", _left),),
+    "weights before batch norm as fast as others": ((training, "_NORMALISED", 1.0),),
+    "weights before batch norm ten times as fast": ((training, "_NORMALISED", 10.0),),
+    "gates move for all of the search": ((prepared, "_KNOWN_SHARE", 1.0),),
+    "bits measured with batch norm as in evaluation": (
+        (distortion, "normalised_batches", lambda _: nullcontext()),
+    ),
     "weights averaged": (),
     "float network teaches as well": (),
     "plain SGD instead of Adam": (),
