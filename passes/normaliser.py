@@ -17,6 +17,11 @@ _FEWEST, _SAMPLES = 16, 8
 _LEAST_FACTOR = 1e-8
 
 
+def is_telling(x: Tensor) -> bool:
+    """Whether mean and variance per channel of (batch, channels, ...) tell those of other data."""
+    return x.numel() >= _FEWEST * x.shape[1] and x.shape[0] >= _SAMPLES
+
+
 @final
 class Normaliser(nn.Module):
     """Normalises what a layer without bias gives, then scales and shifts it.
@@ -38,11 +43,13 @@ class Normaliser(nn.Module):
     Attributes:
         gain: What the normalised output is multiplied with, shape (channels,); trained. The shift
             is the parameter that was the layer's bias.
+        told: Whether the batches that it was calibrated with were large enough to normalise by.
         alone: Whether not to exchange statistics with other processes.
     """
 
     mean: Tensor
     variance: Tensor
+    told: Tensor
 
     def __init__(
         self, mean: Tensor, variance: Tensor, rounding: BiasQuantizer | None, momentum: float = 0.1
@@ -54,6 +61,7 @@ class Normaliser(nn.Module):
         self.eps = 1e-5 * float(variance.mean()) + 1e-30
         self.register_buffer("mean", mean.clone())
         self.register_buffer("variance", variance.clone())
+        self.register_buffer("told", torch.zeros((), dtype=torch.bool, device=mean.device))
         self.gain = nn.Parameter(self._deviation())
 
     def _deviation(self) -> Tensor:
@@ -88,8 +96,7 @@ class Normaliser(nn.Module):
             grids: What `BiasQuantizer.forward` takes besides the bias, if there is a grid.
         """
         together = self.training and not self.alone and process_count() > 1
-        enough = x.numel() >= _FEWEST * x.shape[1] and x.shape[0] >= _SAMPLES
-        by_batch = self.training and (enough or together)
+        by_batch = self.training and (is_telling(x) or together)
         if self.rounding is not None:
             shift = self._rounded(shift, grids, by_batch)
         if together:

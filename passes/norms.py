@@ -16,7 +16,7 @@ from cgmq_fx.passes.bias import BIASES
 from cgmq_fx.passes.infra import Pass, PassResult
 from cgmq_fx.passes.meeting import weight_axis
 from cgmq_fx.passes.normalise import FOLDED_NORM
-from cgmq_fx.passes.normaliser import Normaliser
+from cgmq_fx.passes.normaliser import Normaliser, is_telling
 from cgmq_fx.passes.optable import ComputeOp, argument, compute_op, set_argument
 from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer
 from cgmq_fx.passes.state import tensor_at
@@ -74,10 +74,10 @@ def normalisers(module: GraphModule) -> Iterator[tuple[Node, Normaliser]]:
 
 
 def normalised_weights(module: nn.Module) -> set[int]:
-    """The ids of the weights whose scale a normaliser undoes."""
+    """The ids of the weights whose scale normalisers undo, in batches as in calibration."""
     if not isinstance(module, GraphModule):
         return set()
-    return {id(_weight(module, node)[0]) for node, _ in normalisers(module)}
+    return {id(_weight(module, node)[0]) for node, owner in normalisers(module) if bool(owner.told)}
 
 
 @contextmanager
@@ -99,6 +99,7 @@ def measured_norms(module: GraphModule) -> Iterator[None]:
     for node, owner in normalisers(module):
         if found[node].count:
             owner.restart(found[node].mean, found[node].variance, _shift(module, node))
+            owner.told.fill_(found[node].told)
 
 
 @contextmanager
@@ -130,6 +131,7 @@ class _Moments:
 
     def __init__(self) -> None:
         self.count = 0
+        self.told = True
         self.mean: Any = 0.0
         self._spread: Any = 0.0
 
@@ -139,6 +141,7 @@ class _Moments:
         size = rows.shape[1]
         if not size:
             return
+        self.told = self.told and is_telling(x)
         delta = rows.mean(1) - self.mean
         total = self.count + size
         self._spread = self._spread + rows.var(1, correction=0) * size

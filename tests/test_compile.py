@@ -39,7 +39,7 @@ IMAGES = [(torch.rand(4, 3, 32, 32), torch.randint(10, (4,))) for _ in range(10)
 def test_gates_that_move_compile_nothing_again(
     make: Callable[[], nn.Module], data: list[tuple[Tensor, Tensor]]
 ) -> None:
-    run = cgmq_fx.prepare(make(), "bops <= 2%", data[0][0], search_steps=10)
+    run = cgmq_fx.prepare(make(), "bops <= 2%", data[0][0], search_steps=80)
     run.calibrate(data[:2])
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     model = torch.compile(run.model, backend=counter, fullgraph=True)

@@ -60,6 +60,32 @@ def measured(table: RangeTable) -> list[float]:
     return [float(v) for v in table.distortion]
 
 
+def test_what_batch_norm_takes_back_does_not_count() -> None:
+    torch.manual_seed(1)
+    layer, norm = nn.Linear(6, 4), nn.BatchNorm1d(4)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.normal_(norm.bias)
+    model = nn.Sequential(layer, norm)
+    run, found = tables(model)
+    before = {n: t.clone() for n, t in run.model.state_dict().items()}
+    run.calibrate([torch.randn(32, 6, generator=torch.Generator().manual_seed(0))])
+    torch.manual_seed(0)
+    x, weight, table = torch.randn(32, 6), layer.weight.detach(), found["0_weight"]
+    outputs = []
+    for bits in (32, 2):
+        # the weight is folded: rounded to a range per channel, it is as if the layer's own had been
+        scale = (norm.weight / (1 + norm.eps) ** 0.5).detach()[:, None]
+        limit, width = table.log_ranges[0].exp(), torch.tensor(bits, dtype=torch.int32)
+        sums = x @ round_to_grid(weight * scale, limit, width, True).T
+        spread = (x @ (weight * scale).T).std(0, correction=0)
+        level = norm.bias.detach() + (x @ weight.T + layer.bias.detach()).mean(0) * scale[:, 0]
+        outputs.append((sums - sums.mean(0)) / sums.std(0, correction=0) * spread + level)
+    error = (outputs[1] - outputs[0]).square().mean() / outputs[0].square().mean()
+    assert measured(table)[0] == pytest.approx(float(error), rel=1e-3)
+    assert all(torch.equal(t, before[n]) for n, t in run.model.state_dict().items())
+    assert run.model.training
+
+
 def test_it_is_the_relative_error_of_the_output_by_hand() -> None:
     torch.manual_seed(1)
     layer = nn.Linear(6, 3, bias=False)

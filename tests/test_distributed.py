@@ -32,7 +32,7 @@ def trained(rank: int, count: int, norm: bool) -> dict[str, Any]:
         (torch.rand(16, 1, 8, 8, generator=generator), torch.randint(3, (16,), generator=generator))
         for _ in range(STEPS)
     ]
-    run = cgmq_fx.prepare(net(norm), "bops <= 2%", data[0][0], search_steps=STEPS)
+    run = cgmq_fx.prepare(net(norm), "bops <= 2%", data[0][0], search_steps=8 * STEPS)
     run.calibrate(data)
     model: nn.Module = DistributedDataParallel(run.model) if count > 1 else run.model
     optimizer = torch.optim.SGD(run.model.parameters(), 1e-2)

@@ -262,13 +262,17 @@ def test_a_result_is_taken_up_as_it_is() -> None:
         assert apart(made.model.train()(x), frozen(x)) < 1e-3
 
 
-def test_weights_before_a_norm_move_faster() -> None:
-    made = prepared(seen(small()), images())
-    ids = normalised_weights(made.model)
-    assert len(ids) == 3
+@pytest.mark.parametrize(("count", "factor"), [(BATCH, 3), (4, 1)])
+def test_weights_before_a_norm_move_faster_where_batches_are_large(count: int, factor: int) -> None:
+    made, x = prepared(seen(small()), images()), images()[:count]
+    made.calibrate([x, x])
+    weights = [n for n, _ in made.model.named_parameters() if n in ("0.weight", "3.weight")]
+    own = {n: id(p) for n, p in made.model.named_parameters()}
     rates = {id(p): g["lr"] for g in parameter_groups(made.model) for p in g["params"]}
-    plain = {id(p): g["lr"] for g in parameter_groups(made.finalize().model) for p in g["params"]}
-    assert ids <= rates.keys()
-    assert max(rates[i] for i in ids) == pytest.approx(
-        3 * max(r for r in plain.values() if r < 2e-3)
-    )
+    model = made.finalize().model
+    plain = {n: id(p) for n, p in model.named_parameters()}
+    slow = {id(p): g["lr"] for g in parameter_groups(model) for p in g["params"]}
+    assert len(weights) == 2
+    for name in weights:
+        assert rates[own[name]] == pytest.approx(factor * slow[plain[name]])
+    assert rates[own["9.weight"]] == slow[plain["9.weight"]]
