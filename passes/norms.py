@@ -22,6 +22,8 @@ from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer
 from cgmq_fx.passes.state import tensor_at
 
 NORMS = "cgmq_norms"
+_META = ("val", "stack_trace", "nn_module_stack")
+"""What a node that takes the place of another takes over of its `meta`."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,9 @@ def normalised_batches(module: GraphModule) -> Iterator[None]:
 
 
 def forget_norms(module: GraphModule) -> None:
-    """Take the shifts for biases that have been folded already, and the gains as they started."""
-    for node, owner in normalisers(module):
-        shift = _shift(module, node)
-        with torch.no_grad():
-            owner.mean.zero_()
-        owner.restart(owner.mean.clone(), owner.variance.clone(), shift)
+    """Take the shifts for biases of layers that have been folded; before the first step."""
+    for _, owner in normalisers(module):
+        owner.mean.zero_()
 
 
 class _Moments:
@@ -162,11 +161,8 @@ def _measure(moments: _Moments, _: nn.Module, args: tuple[Tensor, ...]) -> None:
 
 def _takes_factors(module: GraphModule, node: Node, op: ComputeOp) -> bool:
     """Whether weight and range of a layer can be multiplied per output channel."""
-    weight, bias, axis = (
-        argument(node, op.weight),
-        argument(node, op.bias or ""),
-        weight_axis(node, op),
-    )
+    weight, bias = argument(node, op.weight), argument(node, op.bias or "")
+    axis = weight_axis(node, op)
     if weight.op != "call_module" or axis is None or not isinstance(bias, Node):
         return False
     quantizer = module.get_submodule(str(weight.target))
@@ -205,9 +201,7 @@ def _insert(module: GraphModule, node: Node, op: ComputeOp) -> None:
     module.get_submodule(NORMS).add_module(node.name, owner)
     with module.graph.inserting_after(node):
         call = module.graph.call_module(f"{NORMS}.{node.name}")
-    call.meta = {
-        key: node.meta[key] for key in ("val", "stack_trace", "nn_module_stack") if key in node.meta
-    }
+    call.meta = {key: node.meta[key] for key in _META if key in node.meta}
     node.replace_all_uses_with(call)
     call.args = (node, *reads)
     set_argument(node, op.bias or "", None)
@@ -233,7 +227,7 @@ def _fold(module: GraphModule, node: Node, owner: Normaliser) -> None:
         if owner.rounding is not None:
             module.get_submodule(BIASES).add_module(layer.name, owner.rounding)
             own = module.graph.call_module(f"{BIASES}.{layer.name}", tuple(reads))
-            own.meta = {key: reads[0].meta[key] for key in ("val",) if key in reads[0].meta}
+            own.meta = {key: reads[0].meta[key] for key in _META if key in reads[0].meta}
     set_argument(layer, op.bias or "", own)
     node.replace_all_uses_with(layer)
     module.graph.erase_node(node)
