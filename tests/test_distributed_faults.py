@@ -30,7 +30,7 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 def begun() -> tuple[Prepared, torch.optim.Optimizer]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    run = prepare(net, "bops <= 2%", torch.zeros(2, 6), search_steps=STEPS - 2)
+    run = prepare(net, "bops <= 2%", torch.zeros(2, 6), search_steps=8 * (STEPS - 2))
     run.calibrate(batches())
     return run, torch.optim.SGD(run.model.parameters(), 1e-2)
 

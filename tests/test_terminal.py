@@ -136,6 +136,7 @@ def quantized(folder: Path) -> Terminal:
         folder,
         *("-m", "cgmq_fx", "quantize", "mynet:make", "--data", "mynet:batches"),
         *("--loss", "cross_entropy", "--budget", "bops <= 2%, weights <= 600 B", "--epochs", "3"),
+        *("--weights", "channel"),
     )
     child.expect(pexpect.EOF)
     child.close()

@@ -102,7 +102,7 @@ POISONED = [*BATCHES[:2], (torch.full((4, 6), NAN), BATCHES[0][1]), BATCHES[3]]
             [],
             {"data": POISONED},
             TrainingError,
-            r"step 3 of 20 \(phase search\): the loss became nan: the inputs of this batch",
+            r"step 3 of 20 \(phase tune\): the loss became nan: the inputs of this batch",
             2,
         ),
         (
@@ -114,9 +114,9 @@ POISONED = [*BATCHES[:2], (torch.full((4, 6), NAN), BATCHES[0][1]), BATCHES[3]]
         ),
         (
             [At(0, fill("0.weight", 3e38))],
-            {"epochs": 50},  # long enough that nothing clips yet
+            {"epochs": 400},  # long enough that nothing clips yet
             TrainingError,
-            r"step 2 of 200 .*the output of linear is not finite \(0",
+            r"step 2 of 1600 .*the output of linear is not finite \(0",
             1,
         ),
         ([At(24, collapse)], {"epochs": 7}, TrainingError, r"step 26 .* collapsed to zero", 25),
