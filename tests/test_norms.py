@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import cgmq_fx
+from cgmq_fx.history import StepRecord
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.freeze import set_bits
 from cgmq_fx.passes.grid import PASS_THROUGH
@@ -242,6 +245,38 @@ def test_state_is_kept_and_taken_up_again() -> None:
     trained(first, x, 3)
     trained(second, x, 3)
     assert torch.equal(first.model.eval()(x), second.model.eval()(x))
+
+
+class StopAt(cgmq_fx.Callback):
+    """Raises after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, record: StepRecord) -> None:
+        if record.step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_ends_with_the_same_result(tmp_path: Path) -> None:
+    data = [(images() + 0.1 * i, torch.ones(BATCH, 4)) for i in range(4)]
+
+    def run(**options: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        loss = nn.functional.mse_loss
+        result = cgmq_fx.quantize(
+            seen(small()), "bops <= 5%", data, loss=loss, epochs=3, progress=False, **options
+        )
+        return result.model.state_dict()
+
+    whole = run()
+    kept = cgmq_fx.Checkpoint(tmp_path, steps=1)
+    for step in (3, 6):
+        with pytest.raises(cgmq_fx.StoppedError):
+            run(checkpoint=kept, callbacks=[StopAt(step)])
+    again = run(checkpoint=kept)
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_a_result_is_taken_up_as_it_is() -> None:
