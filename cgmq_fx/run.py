@@ -36,6 +36,7 @@ from cgmq_fx.identity import optimizer_identity
 from cgmq_fx.interrupt import Interrupt
 from cgmq_fx.judging import Means, judged, shapes_of
 from cgmq_fx.passes.capture import ExampleInputs, device_of
+from cgmq_fx.passes.norms import agree_on_norms
 from cgmq_fx.passes.processes import process_count
 from cgmq_fx.position import Position
 from cgmq_fx.prepared import Prepared
@@ -245,6 +246,7 @@ class Run:
             raise DataError(
                 f"train_data had no batches in epoch {at.epoch}; it must be re-iterable"
             )
+        agree_on_norms(self.model)
         metrics = {} if val_data is None else self._evaluate(self.alone, val_data)
         record = EpochRecord(
             at.epoch,

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.fx import GraphModule, Node
 
 from cgmq_fx.passes.bias import BIASES
@@ -18,6 +18,7 @@ from cgmq_fx.passes.meeting import weight_axis
 from cgmq_fx.passes.normalise import FOLDED_NORM
 from cgmq_fx.passes.normaliser import Normaliser, is_telling
 from cgmq_fx.passes.optable import ComputeOp, argument, compute_op, set_argument
+from cgmq_fx.passes.processes import process_count
 from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer
 from cgmq_fx.passes.state import tensor_at
 
@@ -111,12 +112,23 @@ def normalised_batches(module: GraphModule) -> Iterator[None]:
     try:
         for owner in owners:
             owner.train()
-            owner.alone = True
         yield
     finally:
         for owner in owners:
             owner.eval()
-            owner.alone = False
+
+
+def agree_on_norms(module: GraphModule) -> None:
+    """Take the means of the moving averages over all processes, each of which calls this."""
+    owners = [owner for _, owner in normalisers(module)]
+    if not owners or process_count() == 1:
+        return
+    found = [tensor for owner in owners for tensor in (owner.mean, owner.variance)]
+    flat = torch.cat([tensor.double() for tensor in found])
+    distributed.all_reduce(flat)
+    parts = (flat / process_count()).split([tensor.numel() for tensor in found])
+    for tensor, part in zip(found, parts, strict=True):
+        tensor.copy_(part)
 
 
 def forget_norms(module: GraphModule) -> None:

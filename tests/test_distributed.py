@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cgmq_fx
 from cgmq_fx.cost_models.errors import OptionError
+from cgmq_fx.passes.norms import agree_on_norms
 from cgmq_fx.passes.processes import Averages
 from cgmq_fx.passes.quantizer import Quantizer
 
@@ -44,6 +45,7 @@ def trained(rank: int, count: int, norm: bool) -> dict[str, Any]:
         optimizer.step()
         run.step()
         levels.append(torch.from_numpy(run.controller.levels.copy()))
+    agree_on_norms(run.model)
     return {
         "levels": torch.stack(levels),
         "sensitivity": run.controller.sensitivity,
@@ -65,16 +67,14 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     spawn(work, (2, str(tmp_path)), nprocs=2)
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for norm in (False, True):
-        _compare(both[0][norm], both[1][norm], trained(0, 1, norm))
-
-
-def _compare(first: dict[str, Any], second: dict[str, Any], alone: dict[str, Any]) -> None:
-    assert len(alone["levels"].unique(dim=0)) > 2
-    for other in (second, alone):
-        assert torch.equal(first["levels"], other["levels"])
-    assert torch.equal(first["sensitivity"], second["sensitivity"])
+        first, second = (found[norm] for found in both)
+        assert len(first["levels"].unique(dim=0)) > 2
+        assert torch.equal(first["levels"], second["levels"])
+        assert torch.equal(first["sensitivity"], second["sensitivity"])
+        torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
+    first, alone = both[0][False], trained(0, 1, norm=False)  # a norm sees its part of the batch
+    assert torch.equal(first["levels"], alone["levels"])
     torch.testing.assert_close(first["sensitivity"], alone["sensitivity"], rtol=1e-3, atol=0)
-    torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
     torch.testing.assert_close(first["state"], alone["state"], rtol=1e-4, atol=1e-5)
 
 
