@@ -19,7 +19,7 @@ from cgmq_fx.passes.state import drop_unused_state, groups_of, set_tensor, shape
 
 FOLDED_NORM = "cgmq_folded_norm"
 """The `node.meta` key of a layer that a trained batch norm was folded into, until it is quantized:
-mean and variance per channel of the layer's output without its bias, in float64."""
+a `FoldedNorm`."""
 
 TRAINING_FLAG = "cgmq_training"
 _ATEN = torch.ops.aten
@@ -32,6 +32,7 @@ _FLAGS = {
     "feature_alpha_dropout": "train",
     "rrelu": "training",
 }
+_SHARED = nn.SyncBatchNorm.__name__
 _IDENTITIES = (
     _ATEN.alias.default,
     _ATEN.lift_fresh_copy.default,
@@ -193,13 +194,27 @@ def _is_whole_slice(node: Node) -> bool:
 
 
 @dataclass(frozen=True)
+class FoldedNorm:
+    """A trained batch norm that has been folded into the layer before it.
+
+    Attributes:
+        mean: Of the layer's output without its bias, shape (channels,), in float64.
+        variance: Likewise.
+        shared: Whether it was one that normalises by the batches of all processes.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    shared: bool
+
+
+@dataclass(frozen=True)
 class FoldBatchNorm(Pass):
     """Fold batch norm with running statistics into the convolution or linear layer before it.
 
     Before: a graph captured in evaluation mode, with shapes. After: the same function in evaluation
     mode; layers whose output or weight is read elsewhere keep their batch norm. Of those that have
-    lost one that was trained, `meta[FOLDED_NORM]` is mean and variance of what they give without
-    bias.
+    lost one that was trained, `meta[FOLDED_NORM]` tells which.
     """
 
     def run(self, module: GraphModule) -> PassResult:
@@ -235,7 +250,9 @@ def _fold(module: GraphModule, norm: Node, reads: Counter[str]) -> bool:
     if all(t is None or t.requires_grad for t in (weight, gamma, beta)):
         seen = mean.double() if bias is None else mean.double() - bias.double()
         spread = var.double() * scale.square()
-        layer.meta[FOLDED_NORM] = ((seen * scale).detach(), spread.detach())
+        layer.meta[FOLDED_NORM] = FoldedNorm(
+            (seen * scale).detach(), spread.detach(), _is_shared(norm)
+        )
     shift = -mean.double() if bias is None else bias.double() - mean.double()
     shift = shift * scale if beta is None else shift * scale + beta.double()
     set_tensor(module, str(weight_node.target), _scaled(layer, weight, scale))
@@ -243,6 +260,13 @@ def _fold(module: GraphModule, norm: Node, reads: Counter[str]) -> bool:
     norm.replace_all_uses_with(layer)
     module.graph.erase_node(norm)
     return True
+
+
+def _is_shared(norm: Node) -> bool:
+    """Whether the module that a batch norm comes from is `torch.nn.SyncBatchNorm`."""
+    _, owner = next(reversed((norm.meta.get("nn_module_stack") or {"": ("", "")}).values()))
+    name = owner if isinstance(owner, str) else owner.__name__
+    return name.rpartition(".")[2] == _SHARED
 
 
 def _foldable(layer: Node, norm: Node, reads: Counter[str]) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cgmq_fx.passes.processes import process_count
 from cgmq_fx.passes.quantizer import BiasQuantizer, kept_channels
 
 _FEWEST, _SAMPLES = 16, 8
@@ -30,7 +31,9 @@ class Normaliser(nn.Module):
     `factor` and the bias `folded`, which is what is deployed. That bias is rounded to the grid of
     its accumulator; the error of that is in the output here, too.
 
-    Each of several processes normalises by its own part of the batch, as PyTorch's batch norm does.
+    Each of several processes normalises by its own part of the batch, as PyTorch's batch norm does,
+    or all of them by the whole of it, if it is `shared`, as PyTorch's `SyncBatchNorm` does. The
+    processes are then asked for their sums in every layer, which takes longer.
 
     Rounding moves means and variances of all layers, and with few bits by much; what follows need
     not unlearn that, and the weights may move faster.
@@ -40,6 +43,7 @@ class Normaliser(nn.Module):
         variance: Likewise.
         rounding: Rounds the deployed bias; None if that is in float.
         momentum: Weight of a batch in the moving averages.
+        shared: Whether processes that train together normalise by the batches of all.
 
     Attributes:
         gain: What the normalised output is multiplied with, shape (channels,); trained. The shift
@@ -52,11 +56,17 @@ class Normaliser(nn.Module):
     told: Tensor
 
     def __init__(
-        self, mean: Tensor, variance: Tensor, rounding: BiasQuantizer | None, momentum: float = 0.1
+        self,
+        mean: Tensor,
+        variance: Tensor,
+        rounding: BiasQuantizer | None,
+        momentum: float = 0.1,
+        shared: bool = False,
     ) -> None:
         super().__init__()
         self.rounding = rounding
         self.momentum = momentum
+        self.shared = shared
         self.eps = 1e-5 * float(variance.mean()) + 1e-30
         self.register_buffer("mean", mean.clone())
         self.register_buffer("variance", variance.clone())
@@ -94,9 +104,12 @@ class Normaliser(nn.Module):
             shift: Shape (channels,).
             grids: What `BiasQuantizer.forward` takes besides the bias, if there is a grid.
         """
-        by_batch = self.training and is_telling(x)
+        together = self.training and self.shared and process_count() > 1
+        by_batch = self.training and (together or is_telling(x))
         if self.rounding is not None:
             shift = self._rounded(shift, grids, by_batch)
+        if together:
+            return self._together(x, shift)
         return F.batch_norm(
             x, self.mean, self.variance, self.gain, shift, by_batch, self.momentum, self.eps
         )
@@ -115,6 +128,33 @@ class Normaliser(nn.Module):
         if by_batch and self.rounding.axis is not None:  # pruned, the mean of the batch is zero
             shift = shift * kept_channels(weight_bits, self.rounding.axis).to(shift.dtype)
         return shift
+
+    def _together(self, x: Tensor, shift: Tensor) -> Tensor:
+        """By mean and variance of the batches of all processes, if these are not too small."""
+        from torch.distributed.nn.functional import all_reduce  # slow to import
+
+        dims = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        about = self.mean.clone()  # sums of squares about it lose no digits
+        moved = x - about.reshape(shape)
+        channels, samples = x.shape[1], x.shape[0]
+        size = moved.new_tensor([x.numel() // max(1, channels), samples])
+        own = torch.cat([moved.sum(dims), moved.square().sum(dims), size])
+        first, second, size = all_reduce(own).split([channels, channels, 2])
+        values, samples = size.detach().unbind()
+        first = first / values.clamp(min=1.0)
+        variance = (second / values.clamp(min=1.0) - first.square()).clamp(min=0.0)
+        told = (values >= _FEWEST) & (samples >= _SAMPLES)
+        first = torch.where(told, first, torch.zeros_like(first))
+        variance = torch.where(told, variance, self.variance)
+        with torch.no_grad():
+            weight = self.momentum * told.to(first.dtype)
+            self.mean.copy_(torch.lerp(about, about + first, weight))
+            unbiased = variance * (values / (values - 1.0).clamp(min=1.0))
+            self.variance.copy_(torch.lerp(self.variance, unbiased, weight))
+        factor = self.gain * (variance + self.eps).rsqrt()
+        y: Tensor = moved * factor.reshape(shape) + (shift - first * factor).reshape(shape)
+        return y
 
     def extra_repr(self) -> str:
         """The number of channels."""

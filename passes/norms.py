@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from cgmq_fx.passes.bias import BIASES
 from cgmq_fx.passes.infra import Pass, PassResult
 from cgmq_fx.passes.meeting import weight_axis
-from cgmq_fx.passes.normalise import FOLDED_NORM
+from cgmq_fx.passes.normalise import FOLDED_NORM, FoldedNorm
 from cgmq_fx.passes.normaliser import Normaliser, is_telling
 from cgmq_fx.passes.optable import ComputeOp, argument, compute_op, set_argument
 from cgmq_fx.passes.processes import process_count
@@ -107,15 +107,21 @@ def measured_norms(module: GraphModule) -> Iterator[None]:
 
 @contextmanager
 def normalised_batches(module: GraphModule) -> Iterator[None]:
-    """Let a graph in evaluation mode normalise by the statistics of what it is called with."""
+    """Let a graph in evaluation mode normalise by the statistics of what it is called with.
+
+    Processes do not wait for each other meanwhile.
+    """
     owners = [owner for _, owner in normalisers(module)]
+    shared = [owner.shared for owner in owners]
     try:
         for owner in owners:
             owner.train()
+            owner.shared = False
         yield
     finally:
-        for owner in owners:
+        for owner, was in zip(owners, shared, strict=True):
             owner.eval()
+            owner.shared = was
 
 
 def agree_on_norms(module: GraphModule) -> None:
@@ -182,9 +188,9 @@ def _takes_factors(module: GraphModule, node: Node, op: ComputeOp) -> bool:
         return False
     if not quantizer.signed or quantizer.spec.power_of_two:
         return False
-    mean, _ = node.meta[FOLDED_NORM]
+    channels = node.meta[FOLDED_NORM].mean.numel()
     ranges = quantizer.spec.range_shape
-    per_channel = len(ranges) > axis and ranges[axis] == quantizer.log_range.numel() == mean.numel()
+    per_channel = len(ranges) > axis and ranges[axis] == quantizer.log_range.numel() == channels
     return per_channel and _own_bias(module, bias)
 
 
@@ -206,8 +212,9 @@ def _insert(module: GraphModule, node: Node, op: ComputeOp) -> None:
     shift = tensor_at(module, reads[0].target)
     assert shift is not None
     assert rounding is None or isinstance(rounding, BiasQuantizer)
-    mean, variance = (t.to(shift) for t in node.meta[FOLDED_NORM])
-    owner = Normaliser(mean, variance, rounding)
+    norm: FoldedNorm = node.meta[FOLDED_NORM]
+    mean, variance = norm.mean.to(shift), norm.variance.to(shift)
+    owner = Normaliser(mean, variance, rounding, shared=norm.shared)
     with torch.no_grad():
         shift.add_(owner.factor * owner.mean)
     module.get_submodule(NORMS).add_module(node.name, owner)
