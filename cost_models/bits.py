@@ -111,7 +111,9 @@ def tensor_bits(tensor: TensorFacts, assignment: Assignment) -> int:
 
 def node_bits(node: NodeFacts, assignment: Assignment) -> NodeBits:
     """The bits of `node` under `assignment`."""
-    stored = sum(_stored(s, node, assignment) for s in node.stored)
+    stored = 0
+    for tensor in node.stored:
+        stored += _stored(tensor, node, assignment)
     if not node.operands:
         return NodeBits((), stored)
     return NodeBits(_pairs(*_factors(node.operands, assignment)), stored)
@@ -202,17 +204,27 @@ def _stored(stored: Stored, node: NodeFacts, assignment: Assignment) -> int:
         gates = _kept_channels(stored, assignment) * stored.bits
     else:
         gates = assignment[stored.quantizer]
-        own = next((o for o in node.operands if o.quantizer == stored.quantizer), None)
-        pruned = next((o for o in node.operands if o.pruning is not None), None)
-        if own is not None and pruned is not None and pruned.pruning is not None:
-            kept = _kept_where_they_meet(pruned, assignment)
-            gates = _gates(own, assignment)
-            if _is_pruned_whole(pruned.pruning, assignment):
-                gates = _least(gates, kept)
-            gates = gates * kept
+        for operand in node.operands:
+            if operand.pruning is not None:
+                gates = _without_pruned(gates, stored, operand, node, assignment)
+                break
     if gates.size == 1:
         return stored.elements * gates.item()
     return stored.elements // gates.size * _sum(gates.ravel())
+
+
+def _without_pruned(
+    gates: BitArray, stored: Stored, pruned: Operand, node: NodeFacts, assignment: Assignment
+) -> BitArray:
+    """The gates of what is stored, 0 where they meet channels of an operand that are pruned."""
+    own = next((o for o in node.operands if o.quantizer == stored.quantizer), None)
+    if own is None or pruned.pruning is None:
+        return gates
+    kept = _kept_where_they_meet(pruned, assignment)
+    gates = _gates(own, assignment)
+    if _is_pruned_whole(pruned.pruning, assignment):
+        gates = _least(gates, kept)
+    return gates * kept
 
 
 def _sum(gates: BitArray) -> int:

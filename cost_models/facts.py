@@ -6,10 +6,11 @@ sample: a tensor of shape (batch, 32, 12, 12) has 4608 elements.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -205,6 +206,11 @@ class GraphFacts:
         """For every tensor, the step that writes it and the one after the last that reads it."""
         first = np.array([t.first for t in self.tensors], dtype=np.int64)
         return first, np.array([t.last + 1 for t in self.tensors], dtype=np.int64)
+
+    @cached_property
+    def memo(self) -> dict[Hashable, Any]:
+        """What follows from these facts alone, kept by what computes it."""
+        return {}
 
     @property
     def remarks(self) -> tuple[str, ...]:

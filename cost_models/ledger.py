@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import accumulate
-from math import fsum
+from math import fsum, isfinite
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,7 @@ class Ledger:
         numbers = range(len(graph.nodes))
         self._costs = [self._per_node(i, numbers, state.nodes) for i in self._range]
         self._totals = tuple(self._total(i, self._costs[i], state) for i in self._range)
+        self._parts: list[list[float] | None] = [None] * len(budget)
         self.references = self._references()
         self.limits = tuple(c.bound.limit(r) for c, r in zip(budget, self.references, strict=True))
 
@@ -102,7 +103,8 @@ class Ledger:
     def trial(self, name: str, bits: BitArray) -> tuple[float, ...]:
         """What the totals would be if quantizer `name` had `bits`; nothing is changed."""
         changes = {name: bits}
-        return self._after(self._changed(changes), self._tensors_after(changes))[1]
+        changed = self._changed(changes)
+        return self._totals_after(changed, self._moves(changed), self._tensors_after(changes))
 
     def change(self, name: str, bits: BitArray) -> tuple[float, ...]:
         """By how much the totals would change if quantizer `name` had `bits`.
@@ -128,8 +130,13 @@ class Ledger:
     def update(self, changes: Assignment) -> None:
         """Give several quantizers new bits (one entry per gate)."""
         changed = self._changed(changes)
+        moves = self._moves(changed)
         self._tensors = self._tensors_after(changes)
-        self._costs, self._totals = self._after(changed, self._tensors)
+        self._totals = self._totals_after(changed, moves, self._tensors)
+        for c, costs in enumerate(moves):
+            self._parts[c] = self._parts_after(c, costs)
+            for index, cost in costs.items():
+                self._costs[c][index] = cost
         for name, bits in changes.items():
             self._bits[name][:] = bits
         for index, node in changed.items():
@@ -155,6 +162,7 @@ class Ledger:
         self._tensors = self._tensors_after(changes).copy()
         self._tensors[table.tensors] = table.tensor_bits(single)
         self._costs = rows.tolist()
+        self._parts = [None] * len(self._parts)
         state = None if self.additive else self._state({}, self._tensors)
         self._totals = tuple(self._total(i, self._costs[i], state) for i in self._range)
 
@@ -209,21 +217,39 @@ class Ledger:
             tensors[index] = tensor_bits(self.graph.tensors[index], changes)
         return tensors
 
-    def _after(
-        self, changed: dict[int, NodeBits], tensors: BitArray
-    ) -> tuple[list[list[float]], tuple[float, ...]]:
-        """Costs per node and totals with some nodes changed."""
-        costs, totals, state = [], [], None
+    def _moves(self, changed: dict[int, NodeBits]) -> list[dict[int, float]]:
+        """For every constraint, what nodes cost with other bits."""
+        return [
+            dict(zip(changed, self._per_node(c, changed, changed), strict=True))
+            for c in self._range
+        ]
+
+    def _totals_after(
+        self, changed: dict[int, NodeBits], moves: list[dict[int, float]], tensors: BitArray
+    ) -> tuple[float, ...]:
+        """The totals with some nodes changed: as exact as if all were added up anew."""
+        totals, state = [], None
         for c, constraint in enumerate(self.budget):
-            row = self._costs[c].copy()
-            new = self._per_node(c, changed, changed)
-            for index, cost in zip(changed, new, strict=True):
-                row[index] = cost
-            if state is None and not constraint.model.additive:
+            if constraint.model.additive:
+                totals.append(fsum(self._summands(c, moves[c])))
+                continue
+            if state is None:
                 state = self._state(changed, tensors)
-            costs.append(row)
-            totals.append(self._total(c, row, state))
-        return costs, tuple(totals)
+            totals.append(constraint.model.graph_cost(self.graph, state))
+        return tuple(totals)
+
+    def _summands(self, c: int, moves: dict[int, float]) -> list[float]:
+        """Numbers that add up to the total with some nodes changed, few where that is possible."""
+        costs, parts = self._costs[c], self._parts[c]
+        if parts is None:
+            parts = self._parts[c] = _parts(costs)
+        if not parts:
+            return [moves.get(i, cost) for i, cost in enumerate(costs)]
+        return [*parts, *moves.values(), *(-costs[i] for i in moves)]
+
+    def _parts_after(self, c: int, moves: dict[int, float]) -> list[float] | None:
+        additive = self.budget.constraints[c].model.additive
+        return _parts(self._summands(c, moves)) or None if additive else None
 
     def _state(self, changed: dict[int, NodeBits], tensors: BitArray) -> GraphBits:
         nodes = self._nodes.tolist()
@@ -246,7 +272,11 @@ class Ledger:
 
     def _uniform(self, bits: int) -> GraphBits:
         """The state with every quantizer at `bits`: one gate each says that as well as many."""
-        return graph_bits(self.graph, dict.fromkeys(self.graph.quantizers, np.array([bits])))
+        found: GraphBits | None = self.graph.memo.get(("uniform", bits))
+        if found is None:
+            found = graph_bits(self.graph, dict.fromkeys(self.graph.quantizers, np.array([bits])))
+            self.graph.memo["uniform", bits] = found
+        return found
 
     def _references(self) -> tuple[float, ...]:
         """The cost of every constraint at its bound's base, where the bound does not know it."""
@@ -261,6 +291,19 @@ class Ledger:
             else:
                 found.append(bound.reference)
         return tuple(found)
+
+
+def _parts(numbers: Sequence[float]) -> list[float]:
+    """Few numbers with exactly the same sum (Shewchuk, 1997); none where that is not finite or 0.
+
+    `fsum` rounds once, at the end, so what it leaves out can be asked for again.
+    """
+    found: list[float] = []
+    rest = fsum(numbers)
+    while rest and isfinite(rest):
+        found.append(rest)
+        rest = fsum([*numbers, *(-part for part in found)])
+    return found
 
 
 def _objects(nodes: Sequence[NodeBits]) -> npt.NDArray[np.object_]:

@@ -355,3 +355,26 @@ def test_the_ends_of_the_bit_widths() -> None:
     assert {int(b.max()) for b in lowest_bits(facts).values()} == {4}
     assert {int(b.min()) for b in highest_bits(facts).values()} == {8}
     assert lowest_bits(facts)["w1"].shape == (3,)
+
+
+class Wild(CostModel):
+    """A user's model whose costs differ by hundreds of orders of magnitude, or are infinite."""
+
+    name = "wild"
+    unit = "mm"
+
+    def node_cost(self, node: NodeFacts, bits: NodeBits) -> float:
+        size = bits.mean(lambda w, a: (w - a) * 40.0)
+        return float("inf") if bits.weight == 0 else 10.0 ** min(size, 300.0) / 3.0
+
+
+@settings(deadline=None)
+@given(MOVES)
+def test_no_digit_of_a_sum_is_lost(moves: list[tuple[str, BitArray]]) -> None:
+    budget = Budget((Wild() <= 1.0,))
+    ledger = Ledger(FACTS, budget, lowest_bits(FACTS))
+    for name, new in moves:
+        predicted = ledger.trial(name, new)
+        ledger.move(name, new)
+        again = Ledger(FACTS, budget, dict(ledger.assignment))
+        assert ledger.totals == predicted == again.totals
