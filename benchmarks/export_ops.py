@@ -26,8 +26,8 @@ from cgmq_fx import PRESETS, Preset, Result, prepare
 from cgmq_fx.cost_models.errors import CgmqError
 from cgmq_fx.exporters.agreement import TOLERATED_SHARE
 from cgmq_fx.exporters.hls import hls_project
+from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.inputs import ExampleInputs
-from cgmq_fx.prepared import float_graph
 from cgmq_fx.presets import float_op
 
 _SUFFIXES = {"onnx": "onnx", "qonnx": "onnx", "executorch": "pte", "litert": "tflite"}

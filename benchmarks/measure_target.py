@@ -38,9 +38,9 @@ from cgmq_fx.cost_models import (
     uniform_bits,
 )
 from cgmq_fx.cost_models.target import Row, target_to_json
+from cgmq_fx.graphs import float_graph, quantized_graph
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.scheme import Scheme
-from cgmq_fx.prepared import float_graph, quantized_graph
 
 CLOCK = 1e9
 DEPTH = 3

@@ -38,9 +38,9 @@ from cgmq_fx.cost_models import (
 )
 from cgmq_fx.cost_models.errors import BudgetError, TargetError
 from cgmq_fx.directions import DIRECTIONS, direction_of
+from cgmq_fx.graphs import float_graph, quantized_graph
 from cgmq_fx.passes.capture import Captured, ExampleInputs
 from cgmq_fx.passes.copying import copy_graph
-from cgmq_fx.prepared import float_graph, quantized_graph
 from cgmq_fx.result import Result
 from cgmq_fx.verify import CostReport, count
 

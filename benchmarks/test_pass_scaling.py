@@ -11,11 +11,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
+from cgmq_fx.graphs import normalised, quantized_graph
 from cgmq_fx.passes.capture import Captured, capture
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.inputs import ExampleInputs
 from cgmq_fx.passes.scheme import Scheme
-from cgmq_fx.prepared import normalised, quantized_graph
 
 _NODES_PER_BLOCK = 10
 

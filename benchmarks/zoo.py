@@ -31,10 +31,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import cgmq_fx
+from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.capture import plain_value
 from cgmq_fx.passes.copying import copy_graph, copy_model
 from cgmq_fx.passes.inputs import ExampleInputs
-from cgmq_fx.prepared import float_graph
 
 _TIME = 600
 _RATES = (1e-4, 1e-5, 1e-6, 1e-7)

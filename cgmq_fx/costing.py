@@ -25,9 +25,9 @@ from cgmq_fx.cost_models import (
 )
 from cgmq_fx.cost_models.errors import BudgetError, UnsupportedModelError
 from cgmq_fx.data import example_inputs_of
+from cgmq_fx.graphs import float_graph, quantized_graph
 from cgmq_fx.passes.annotate import annotate
 from cgmq_fx.passes.scheme import Scheme
-from cgmq_fx.prepared import float_graph, quantized_graph
 from cgmq_fx.presets import TargetLike, deployment
 from cgmq_fx.terminal import columns, escape, fitting, text_of, titled
 

@@ -28,11 +28,12 @@ from cgmq_fx.data import (
     first_batch,
 )
 from cgmq_fx.directions import Direction, direction_of
+from cgmq_fx.graphs import float_graph
 from cgmq_fx.identity import model_identity, name_of
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.processes import process_count
 from cgmq_fx.passes.scheme import Scheme
-from cgmq_fx.prepared import Prepared, float_graph
+from cgmq_fx.prepared import Prepared
 from cgmq_fx.presets import TargetLike, deployment
 from cgmq_fx.progress import Progress
 from cgmq_fx.result import Result

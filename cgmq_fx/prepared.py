@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import numpy.typing as npt
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
 
 from cgmq_fx.bias_room import with_room_for_biases
 from cgmq_fx.calibrate import RangeTable, calibrate, unchanged_buffers
@@ -31,27 +30,14 @@ from cgmq_fx.cost_models.errors import CheckpointError, OptionError
 from cgmq_fx.data import Signature, calibration_batches, example_inputs_of
 from cgmq_fx.directions import Direction, direction_of
 from cgmq_fx.distortion import with_distortion
+from cgmq_fx.graphs import float_graph, quantized_graph
 from cgmq_fx.history import GateRecord, Phase
-from cgmq_fx.passes.annotate import annotate
-from cgmq_fx.passes.attention import DecomposeAttention
-from cgmq_fx.passes.bias import BIASES, QuantizeBiases, align_signs
-from cgmq_fx.passes.capture import Captured, ExampleInputs, capture, device_of
-from cgmq_fx.passes.complexes import DecomposeComplex
-from cgmq_fx.passes.constants import FoldWeights
+from cgmq_fx.passes.bias import BIASES, align_signs
+from cgmq_fx.passes.capture import Captured, ExampleInputs, device_of
 from cgmq_fx.passes.copying import copy_graph
-from cgmq_fx.passes.decompose import DecomposeComposite
 from cgmq_fx.passes.freeze import Freeze
 from cgmq_fx.passes.infra import run_passes
-from cgmq_fx.passes.insert import QUANTIZERS, InsertQuantizers
-from cgmq_fx.passes.normalise import (
-    FoldBatchNorm,
-    Functionalise,
-    LeaveTraining,
-    MergeState,
-    RelaxViews,
-    RemoveNoOps,
-    SwitchModes,
-)
+from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.norms import (
     NORMS,
     FoldNormalisers,
@@ -64,11 +50,9 @@ from cgmq_fx.passes.prune import RemovePrunedChannels
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.passes.recompute import recompute_rounded
 from cgmq_fx.passes.scheme import Scheme
-from cgmq_fx.passes.shapes import CompleteShapes, PropagateShapes
-from cgmq_fx.passes.wrappers import InlineRegions
+from cgmq_fx.passes.shapes import PropagateShapes
 from cgmq_fx.presets import TargetLike, deployment
 from cgmq_fx.result import Result
-from cgmq_fx.turns import TURN
 from cgmq_fx.verify import verify
 
 DEFAULT_SEARCH_STEPS = 1000
@@ -335,58 +319,6 @@ def _worth_is_known(facts: GraphFacts, tables: Mapping[str, RangeTable]) -> bool
         quantizer.gates == 1 and tables[name].distortion is not None
         for name, quantizer in facts.quantizers.items()
     )
-
-
-def float_graph(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Captured:
-    """Capture and normalise: the model as one graph of ATen ops, equal in float.
-
-    Raises:
-        CaptureError: If the model cannot be captured.
-    """
-    with TURN:
-        captured = capture(model, inputs)
-        if isinstance(model, ExportedProgram):
-            run_passes(captured.module, [LeaveTraining()])
-        found = normalised(captured)
-    if isinstance(model, nn.Module):
-        found.module.train(model.training)
-    return found
-
-
-def normalised(captured: Captured) -> Captured:
-    """A captured model in its one canonical form, in place."""
-    passes = [
-        InlineRegions(),
-        MergeState(),
-        DecomposeComposite(),
-        Functionalise(),
-        RelaxViews(),
-        RemoveNoOps(),
-        PropagateShapes(captured.inputs),
-        FoldWeights(),
-        FoldBatchNorm(),
-        DecomposeAttention(),
-        DecomposeComplex(),
-        SwitchModes(),
-        CompleteShapes(captured.inputs),
-    ]
-    return replace(captured, module=run_passes(captured.module, passes))
-
-
-def quantized_graph(captured: Captured, scheme: Scheme) -> tuple[GraphModule, GraphFacts]:
-    """Insert quantizers into a normalised graph, in place, and count its facts.
-
-    Raises:
-        UnsupportedModelError: If nothing in it can be quantized.
-    """
-    batch = captured.inputs.batch
-    passes = [
-        InsertQuantizers(scheme, batched=batch is not None),
-        QuantizeBiases(),
-        CompleteShapes(captured.inputs),
-    ]
-    module = run_passes(captured.module, passes)
-    return module, annotate(module, batch or 1)
 
 
 def prepare(

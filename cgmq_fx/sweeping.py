@@ -36,9 +36,9 @@ from cgmq_fx.cost_models.errors import OptionError
 from cgmq_fx.data import example_inputs_of
 from cgmq_fx.directions import Direction, direction_of
 from cgmq_fx.driver import DEFAULT_EPOCHS, quantize
+from cgmq_fx.graphs import float_graph, quantized_graph
 from cgmq_fx.identity import name_of
 from cgmq_fx.passes.scheme import Scheme
-from cgmq_fx.prepared import float_graph, quantized_graph
 from cgmq_fx.presets import TargetLike, deployment
 from cgmq_fx.result import Result
 from cgmq_fx.sweep_result import Sweep, SweepPoint

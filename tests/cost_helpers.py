@@ -22,6 +22,7 @@ from cgmq_fx.cost_models import (
     Role,
     Stored,
 )
+from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.annotate import annotate
 from cgmq_fx.passes.bias import QuantizeBiases
 from cgmq_fx.passes.capture import ExampleInputs
@@ -29,7 +30,6 @@ from cgmq_fx.passes.infra import run_passes
 from cgmq_fx.passes.insert import InsertQuantizers
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.passes.shapes import PropagateShapes
-from cgmq_fx.prepared import float_graph
 
 WIDTHS = (2, 4, 8, 16, 32)
 

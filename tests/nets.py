@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.bias import QuantizeBiases
 from cgmq_fx.passes.capture import Captured, ExampleInputs
 from cgmq_fx.passes.infra import run_passes
@@ -18,7 +19,6 @@ from cgmq_fx.passes.insert import QUANTIZERS, InsertQuantizers
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.passes.shapes import PropagateShapes
-from cgmq_fx.prepared import float_graph
 
 
 class Residual(nn.Module):

@@ -16,10 +16,10 @@ from benchmarks.random_nets import Concat, Residual
 from cgmq_fx import Bound, Budget, Constraint, Prepared, Scheme
 from cgmq_fx.cost_models import GraphFacts, Ledger, cost_model, highest_bits, lowest_bits
 from cgmq_fx.directions import direction_of
+from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.capture import Captured, ExampleInputs
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.quantizer import Quantizer
-from cgmq_fx.prepared import float_graph
 
 SIZE = 6
 FREE = Budget((Constraint(cost_model("bops"), Bound(1.0, relative=True)),))

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from cgmq_fx import DataError, NodeFacts, PassError, UnsupportedModelError
 from cgmq_fx.cost_models import GraphFacts, Operand
 from cgmq_fx.cost_models.facts import Role, Stored
+from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.annotate import FACTS, Annotate, annotate
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.infra import Pass, PassResult, run_passes
-from cgmq_fx.prepared import float_graph
 from tests.nets import NETS, Net, call, quantized, tensors
 
 

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.bias import BIASES, align_signs
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.quantizer import BiasQuantizer
-from cgmq_fx.prepared import float_graph
 from tests.nets import NETS, quantized, quantizers, small_classifier
 
 

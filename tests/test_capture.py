@@ -10,8 +10,8 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from cgmq_fx import CaptureError
+from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.capture import ExampleInputs
-from cgmq_fx.prepared import float_graph
 from tests.nets import NETS, Net, call, distance, ops, small_classifier
 
 TOLERANCE = 1e-5

@@ -12,11 +12,11 @@ import cgmq_fx
 from cgmq_fx.cost_models import Assignment, BOPs, NodeFacts, Operand, Role, Stored, idle_gates
 from cgmq_fx.cost_models.bits import node_bits
 from cgmq_fx.cost_models.facts import Pruning
+from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.channels import removable_channels
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.quantizer import kept_channels
-from cgmq_fx.prepared import float_graph
 from tests.nets import Attention, Concat, Residual, plain_cnn, quantized, separable
 
 WIDTHS = (0, 2, 4, 8)

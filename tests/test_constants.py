@@ -13,8 +13,8 @@ from torch.nn.utils import parametrizations, prune
 
 import cgmq_fx
 from cgmq_fx.exporters.certificate import verify_file
+from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.capture import ExampleInputs
-from cgmq_fx.prepared import float_graph
 
 BUDGET = "bops <= 3%, weights <= 30%"
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.inputs import ExampleInputs
-from cgmq_fx.prepared import float_graph
 
 
 class Attention(nn.Module):

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 import cgmq_fx
 from cgmq_fx import PassError, Scheme, UnsupportedModelError
 from cgmq_fx.cost_models.facts import Role
+from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.grid import DEFAULT_BIT_WIDTHS
 from cgmq_fx.passes.insert import QUANTIZERS, InsertQuantizers
 from cgmq_fx.passes.quantizer import QuantizerSpec
-from cgmq_fx.prepared import float_graph
 from tests.nets import NETS, call, distance, quantized, quantizers, small_classifier, tensors
 
 

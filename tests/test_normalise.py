@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
+from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.infra import Pass
 from cgmq_fx.passes.normalise import (
@@ -17,7 +18,6 @@ from cgmq_fx.passes.normalise import (
     RemoveNoOps,
     SwitchModes,
 )
-from cgmq_fx.prepared import float_graph
 from tests.nets import NETS, Net, call, distance, ops, tensors
 
 TOLERANCE = 1e-5

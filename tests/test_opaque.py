@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import cgmq_fx
 from cgmq_fx.cost_models.errors import DataError
+from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.inputs import ExampleInputs
 from cgmq_fx.passes.opaque import OpaqueCall
-from cgmq_fx.prepared import float_graph
 
 
 class Outlier(nn.Module):

@@ -18,10 +18,10 @@ from cgmq_fx.cli import main
 from cgmq_fx.cost_models import load_target, parse_budget, target_names
 from cgmq_fx.exporters import exporters
 from cgmq_fx.exporters.onnx_file import Portable
+from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.capture import Captured
 from cgmq_fx.passes.inputs import ExampleInputs
 from cgmq_fx.passes.scheme import Granularity
-from cgmq_fx.prepared import float_graph
 from cgmq_fx.presets import NONE, deployment, float_op
 from tests.deploy_nets import float_net, inputs_of
 from tests.nets import quantizers, small_classifier

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import cgmq_fx
+from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.inputs import ExampleInputs
-from cgmq_fx.prepared import float_graph
 from tests.nets import distance
 
 BATCH = 3

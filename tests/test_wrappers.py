@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.inputs import ExampleInputs
 from cgmq_fx.passes.wrappers import InlineRegions
-from cgmq_fx.prepared import float_graph
 
 HIGHER = torch.ops.higher_order
 REGIONS = (HIGHER.wrap_with_set_grad_enabled, HIGHER.wrap_with_autocast)

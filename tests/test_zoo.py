@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import cgmq_fx
+from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.inputs import ExampleInputs
-from cgmq_fx.prepared import float_graph
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

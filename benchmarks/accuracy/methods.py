@@ -20,8 +20,9 @@ from benchmarks.lenet5 import accuracy
 from benchmarks.mnist import Batches
 from cgmq_fx.cost_models import Assignment, ConstraintState, Ledger, parse_budget, uniform_bits
 from cgmq_fx.directions import DIRECTIONS, direction_of
+from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.capture import ExampleInputs
-from cgmq_fx.prepared import Prepared, float_graph
+from cgmq_fx.prepared import Prepared
 from cgmq_fx.result import Result
 from cgmq_fx.run import Run
 from cgmq_fx.training import default_optimizer, parameter_groups, schedule, search_steps

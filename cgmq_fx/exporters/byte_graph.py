@@ -1,9 +1,8 @@
 """What files of runtimes with 8-bit tensors cost: codes, their limits, and the ops between them.
 
-Such files round a value to the grid of a tensor, and may clamp it afterwards; the limits of both
-together say how many bits it needs. So a rounding is written down only when something reads the
-value. Shapes are worked out from those of inputs and weights alone; what a file states of the
-others is not used. Tensors have their channels last, as in the files.
+Such files round a value to the grid of a tensor and may clamp it; both tell how many bits it needs.
+So a rounding is written down only when something reads the value. Shapes are worked out from those
+of inputs and weights, not from what a file states. Tensors have their channels last.
 """
 
 from __future__ import annotations
