@@ -74,20 +74,26 @@ class _Task:
             model, budget, data, start=start, checkpoint=folder, progress=progress, **options
         )
 
-    def fingerprint(self) -> str:
-        """Changes with the model and with the options, as far as they can be told apart."""
+    def identity(self) -> dict[str, str]:
+        """What the points depend on, by name: the model's state, and options as far as told."""
         digest = hashlib.sha256()
         for name, tensor in _state(self.model).items():
             digest.update(name.encode())
             if isinstance(tensor, torch.Tensor):
                 data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
                 digest.update(data.numpy().tobytes())
-        functions = map(name_of, (self.loss, self.metric, self.optimizer))
-        where, direction = deployment(self.target), direction_of(self.direction)
-        place = [where.preset.name, where.scheme(self.scheme), where.chip]
-        options = [self.epochs, self.seed, *place, direction.name, *functions]
-        digest.update(repr(options).encode())
-        return digest.hexdigest()
+        where = deployment(self.target)
+        return {
+            "model": digest.hexdigest(),
+            "target": repr((where.preset.name, where.chip)),
+            "scheme": repr(where.scheme(self.scheme)),
+            "direction": direction_of(self.direction).name,
+            "loss": repr(name_of(self.loss)),
+            "metric": repr(name_of(self.metric)),
+            "optimizer": repr(name_of(self.optimizer)),
+            "epochs": repr(self.epochs),
+            "seed": repr(self.seed),
+        }
 
 
 def sweep(
@@ -156,7 +162,7 @@ def sweep(
     ordered, libraries = _ordered(task, budgets)
     with tempfile.TemporaryDirectory() as temporary:
         kept = Path(temporary if folder is None else folder)
-        _claim(kept, task.fingerprint())
+        _claim(kept, task.identity())
         workers = min(_jobs(jobs, model), len(ordered))
         if workers == 1:
             _run_stretch(task, ordered, kept, libraries, progress)
@@ -196,19 +202,24 @@ def _ordered(task: _Task, budgets: Iterable[BudgetLike]) -> tuple[list[Budget], 
     return [budget for _, budget in ordered], libraries_of(graph.graph)
 
 
-def _claim(folder: Path, fingerprint: str) -> None:
+def _claim(folder: Path, identity: dict[str, str]) -> None:
     """Make the folder this sweep's own, or see that it is."""
     manifest = folder / _MANIFEST
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not manifest.exists():
-            manifest.write_text(json.dumps({"sweep": fingerprint}))
+            manifest.write_text(json.dumps({"sweep": identity}))
         found = json.loads(manifest.read_text())
     except (OSError, ValueError) as error:
         raise OptionError(f"the sweep cannot be kept in {folder}: {error}") from error
-    if not isinstance(found, dict) or found.get("sweep") != fingerprint:
+    other = found.get("sweep") if isinstance(found, dict) else None
+    if not isinstance(other, dict):
+        raise OptionError(f"{manifest} is no record of a sweep; give another folder")
+    differ = [name for name, value in identity.items() if other.get(name) != value]
+    if differ:
         raise OptionError(
-            f"{folder} holds a sweep of another model or with other options; give another folder"
+            f"{folder} holds a sweep with another {' and another '.join(differ)}; "
+            "give another folder"
         )
 
 

@@ -159,11 +159,16 @@ def test_what_no_file_can_hold_is_found_before_training() -> None:
         cgmq_fx.sweep(Block(Numbers()), ["bops <= 60%"], batches, epochs=0, progress=False)
 
 
-@pytest.mark.parametrize("changed", [{"epochs": 3}, {"seed": 1}, {"loss": None}])
-def test_a_folder_of_another_sweep_is_refused(changed: dict[str, Any], tmp_path: Path) -> None:
-    run(tmp_path, ["bops <= 6%"], epochs=1)
-    with pytest.raises(OptionError, match="another model or with other options"):
-        run(tmp_path, ["bops <= 6%"], **{"epochs": 1, **changed})
+def test_a_folder_of_another_sweep_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, ["bops <= 6%"], epochs=0)
+    for changed in ({"epochs": 1}, {"seed": 1}, {"loss": None}):
+        with pytest.raises(OptionError, match=f"another {next(iter(changed))}; give another"):
+            run(tmp_path, ["bops <= 6%"], **{"epochs": 0, **changed})
+    with pytest.raises(OptionError, match="another epochs and another seed; give another"):
+        run(tmp_path, ["bops <= 6%"], epochs=1, seed=1)
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(OptionError, match=r"sweep\.json is no record of a sweep"):
+        run(tmp_path, ["bops <= 6%"], epochs=0)
 
 
 @pytest.mark.parametrize(
