@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 from cgmq_fx.cli import main
+from cgmq_fx.cost_models import model as registry
 from cgmq_fx.cost_models.target import target_names
 from cgmq_fx.presets import PRESETS
 
@@ -18,6 +19,16 @@ LENET = ["explain", "benchmarks.lenet5:LeNet5", "--input", "2x1x28x28"]
 
 
 TOKENS = "tests.nets:Tied"
+OWN_COSTS = """
+import cgmq_fx
+
+@cgmq_fx.register_cost_model
+class Products(cgmq_fx.CostModel):
+    name, unit = "products", "piece"
+
+    def node_cost(self, node, bits):
+        return float(node.macs)
+"""
 
 
 def broken() -> nn.Module:
@@ -149,3 +160,25 @@ def test_completion(
     with pytest.raises(SystemExit):
         main(prog_name="cgmq-fx")
     assert {line.partition(",")[2] for line in capsys.readouterr().out.splitlines()} == offered
+
+
+def test_a_module_with_cost_models_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_costs.py").write_text(OWN_COSTS)
+    net = "tests.nets:small_classifier"
+    asked = ("cost", net, "--input", "1x3", "--costs", "products", "--json")
+    assert run(*asked).exit_code == 2
+    found = run("--import", "own_costs", *asked)
+    assert found.exit_code == 0, found.output
+    (counted,) = json.loads(found.output)["costs"]
+    assert counted["name"] == "products"
+    assert counted["totals"]["8"] == 20
+
+
+def test_a_module_that_cannot_be_imported() -> None:
+    found = run("--import", "no_such_module", "targets")
+    assert found.exit_code == 2
+    assert found.output.startswith("error: cannot import 'no_such_module': ModuleNotFoundError")

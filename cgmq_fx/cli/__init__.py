@@ -19,11 +19,20 @@ from cgmq_fx.cli import (
     targets,
     verify,
 )
+from cgmq_fx.cli.common import reported
+from cgmq_fx.cli.loading import import_modules
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="cgmq-fx")
-def main() -> None:
+@click.option(
+    "--import",
+    "modules",
+    multiple=True,
+    metavar="MODULE",
+    help="A module to import before the command, such as one that registers cost models.",
+)
+def main(modules: tuple[str, ...]) -> None:
     """Quantize PyTorch models under hard bounds on what they cost.
 
     \b
@@ -32,9 +41,12 @@ def main() -> None:
     3 training failed; 130 stopped by Ctrl-C.
 
     \b
-    Example:
+    Examples:
         cgmq-fx quantize mynet:make --data mynet:batches --budget "bops <= 1%"
+        cgmq-fx --import mycosts verify net.onnx --budget "traffic <= 20 KB"
     """  # noqa: D301 - click wants the backspace
+    if modules:
+        reported(import_modules)(modules)
 
 
 for _module in (quantize, explain, cost, show, sweep, targets, export, verify, completion):

@@ -98,10 +98,19 @@ def load_result(file: Path, libraries: Collection[str]) -> Result:
     """
     from cgmq_fx.artifact import load
 
-    for name in libraries:
+    import_modules(libraries)
+    return load(file, libraries=libraries)
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Import modules, seen from the working directory.
+
+    Raises:
+        OptionError: If one cannot be imported.
+    """
+    for name in names:
         with _explained(f"cannot import {name!r}"):
             _imported(name)
-    return load(file, libraries=libraries)
 
 
 def load_loss(name: str) -> Callable[[Any, Any], Tensor] | None:
