@@ -30,7 +30,7 @@ from cgmq_fx.exporters import Exporter, exporters
 from cgmq_fx.exporters.litert_file import channels_last
 from cgmq_fx.exporters.onnx_compact import without_fusion
 from cgmq_fx.passes.inputs import ExampleInputs
-from cgmq_fx.verify import count
+from cgmq_fx.recount import count
 from tests.deploy_nets import deployed, float_net, inputs_of
 
 CASES = [

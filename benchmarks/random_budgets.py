@@ -41,8 +41,8 @@ from cgmq_fx.directions import DIRECTIONS, direction_of
 from cgmq_fx.graphs import float_graph, quantized_graph
 from cgmq_fx.passes.capture import Captured, ExampleInputs
 from cgmq_fx.passes.copying import copy_graph
+from cgmq_fx.recount import CostReport, count
 from cgmq_fx.result import Result
-from cgmq_fx.verify import CostReport, count
 
 PER_NET = 10
 SCHEMES = 3

@@ -52,6 +52,7 @@ from cgmq_fx.directions import Direction
 from cgmq_fx.driver import quantize
 from cgmq_fx.explanation import Explanation, explain
 from cgmq_fx.exporters import Exported, Exporter, export, register_exporter
+from cgmq_fx.exporters.certificate import Certificate, verify
 from cgmq_fx.loggers import CSVLogger, TensorBoardLogger
 from cgmq_fx.passes.integer import Simulation
 from cgmq_fx.passes.scheme import Scheme
@@ -76,6 +77,7 @@ __all__ = [
     "CSVLogger",
     "Callback",
     "CaptureError",
+    "Certificate",
     "CgmqError",
     "Checkpoint",
     "CheckpointError",
@@ -128,4 +130,5 @@ __all__ = [
     "register_exporter",
     "simulate",
     "sweep",
+    "verify",
 ]

@@ -40,9 +40,9 @@ from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.freeze import keep_containers
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.passes.state import shape_of
+from cgmq_fx.recount import CostReport, verify
 from cgmq_fx.result import Result
 from cgmq_fx.untrusted import identifier, shown_text, tensor_path
-from cgmq_fx.verify import CostReport, verify
 
 FORMAT = 2
 """The newest format: 1 holds weights as they were trained, 2 as packed codes."""

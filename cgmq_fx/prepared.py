@@ -52,8 +52,8 @@ from cgmq_fx.passes.recompute import recompute_rounded
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.passes.shapes import PropagateShapes
 from cgmq_fx.presets import TargetLike, deployment
+from cgmq_fx.recount import verify
 from cgmq_fx.result import Result
-from cgmq_fx.verify import verify
 
 DEFAULT_SEARCH_STEPS = 1000
 _CALIBRATION_BATCHES = 8

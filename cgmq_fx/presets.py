@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -348,7 +349,11 @@ def _one(entry: Any) -> Preset | Target:
     try:
         return load_target(entry)
     except UnknownTargetError:
+        word, known = str(entry).lower(), [*PRESETS, *target_names()]
+        begun = [name for name in known if word and name.startswith(word)]
+        close = begun or get_close_matches(word, known, 1)
+        hint = f"did you mean {close[0]!r}? Presets" if close else "presets"
         raise UnknownTargetError(
-            f"there is no target {str(entry)!r}; presets are {', '.join(PRESETS)}, chips are "
+            f"there is no target {str(entry)!r}; {hint} are {', '.join(PRESETS)}, chips are "
             f"{', '.join(target_names())}, or give the path of a chip's JSON file"
         ) from None

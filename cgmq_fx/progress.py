@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cgmq_fx.prepared import Prepared
 
 _REDRAW_SECONDS = 0.1
+_PHASES = len("search, tune")
 
 
 class Progress(Callback):
@@ -42,6 +43,7 @@ class Progress(Callback):
             expand=True,
         )
         self._epochs = 0
+        self._phases: dict[str, None] = {}
         self._drawn = 0.0
 
     def on_start(self, prepared: Prepared, steps: int) -> None:
@@ -56,12 +58,13 @@ class Progress(Callback):
 
     def on_step(self, record: StepRecord) -> None:
         """Move the bar, ten times a second at most."""
+        self._phases[record.phase] = None
         if self._live is None or monotonic() - self._drawn < _REDRAW_SECONDS:
             return
         from rich.console import Group
 
         self._drawn = monotonic()
-        loss = "" if record.loss is None else f"  loss {record.loss:.4g}"
+        loss = "" if record.loss is None else f"  train loss {record.loss:.4g}"
         text = f"{record.phase}  epoch {self._epochs + 1}{loss}"
         self._bar.update(self._task, completed=record.step + 1, description=text)
         self._live.update(Group(self._bar, self._constraints(record)), refresh=True)
@@ -73,7 +76,8 @@ class Progress(Callback):
         pairs = zip(self._prepared.budget, record.costs, strict=True)
         shares = ", ".join(f"{c.name} {cost:.1%}" for c, cost in pairs)
         holds = "satisfied" if record.satisfied else "violated"
-        line = f"epoch {record.epoch:3d}  {record.phase:6s}  loss {record.loss:.4f}"
+        phases, self._phases = ", ".join(self._phases) or record.phase, {}
+        line = f"epoch {record.epoch:3d}  {phases:{_PHASES}s}  train loss {record.loss:.4f}"
         line += f"  val {measured}" if measured else ""
         costs = f"{shares} of bound, {holds}"
         narrow = self._console.is_terminal and len(line) + len(costs) + 2 > self._console.width

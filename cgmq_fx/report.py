@@ -100,7 +100,7 @@ def _node_table(result: Result, details: Sequence[str]) -> Table:
     sums = [i for i, state in enumerate(report.states) if state.constraint.model.additive]
     for index in sums:
         name = report.states[index].constraint.name
-        table.add_column(escape(f"{name} %"), justify="right")
+        table.add_column(escape(f"of {name}"), justify="right")
     totals = {index: sum(report.per_node[index]) or 1.0 for index in sums}
     for row, node in enumerate(report.nodes):
         if node.operands:
@@ -130,7 +130,7 @@ def _quantizer_table(result: Result, names: list[str]) -> Table:
 
 def _footer(result: Result) -> list[str]:
     lines = [str(state) for state in result.cost.states]
-    lines += [f"{name} {value:.4g}" for name, value in result.metrics.items()]
+    lines += [f"val {name} {value:.4g}" for name, value in result.metrics.items()]
     lines += [f"warning: {text}" for text in result.warnings]
     lines += result.cost.rounded_up()
     lines += result.cost.facts.remarks

@@ -13,7 +13,7 @@ from cgmq_fx.cost_models import Budget
 from cgmq_fx.data import keep_constants
 from cgmq_fx.history import History
 from cgmq_fx.passes.capture import ExampleInputs
-from cgmq_fx.verify import CostReport
+from cgmq_fx.recount import CostReport
 
 if TYPE_CHECKING:
     from pandas import DataFrame

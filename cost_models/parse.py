@@ -149,8 +149,18 @@ def _factor(unit: str, model: CostModel) -> float:
     except (pint.errors.PintError, AttributeError, ValueError, TypeError) as error:
         raise BudgetError(
             f"the unit {unit!r} does not fit {model.name!r}, which is measured in {model.unit}; "
-            f"give the bound in {model.unit}, or as a share such as 1%"
+            f"{_meant(unit, model)}give the bound in {model.unit}, or as a share such as 1%"
         ) from error
+
+
+def _meant(unit: str, model: CostModel) -> str:
+    """What a unit of bytes in other letters may stand for."""
+    match = model.unit == "byte" and re.fullmatch(r"([kmg])(i?)b(?:ytes?)?", unit, re.IGNORECASE)
+    if not match:
+        return ""
+    letter = match[1].upper()
+    decimal = "kB" if letter == "K" else f"{letter}B"
+    return f"write {letter}iB for powers of 1024 or {decimal} for powers of 1000, or "
 
 
 @lru_cache(maxsize=64)

@@ -61,7 +61,8 @@ def check_feasible(graph: GraphFacts, budget: Budget) -> None:
     raise InfeasibleBudgetError(
         "the budget cannot be met, whatever the training does: "
         + "; ".join(lines)
-        + f". Allow smaller bit-widths or raise the bound. (Counting: {CONVENTION})"
+        + ". Allow smaller bit-widths (the scheme's bit_widths; 0 prunes) or raise the bound; "
+        f"`explain` shows what every bound leaves. (Counting: {CONVENTION})"
     )
 
 
@@ -175,6 +176,8 @@ def _infeasible(ledger: Ledger, index: int) -> str:
     constraint, hint = state.constraint, ""
     if not constraint.bound.relative and state.limit <= _SHARE <= state.value:
         share = f"{constraint.name} <= {state.limit:g}%"
+        if state.limit < 1.0:
+            share += f'" or "{constraint.name} <= {100 * state.limit:g}%'
         hint = f' (a share is written with a percent sign, as in "{share}")'
     return (
         f"{constraint} is asked for{hint}, but with every gate at its smallest bit-width it "

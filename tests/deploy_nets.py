@@ -16,7 +16,7 @@ from benchmarks.resnet20 import ResNet20
 from cgmq_fx import PRESETS, Result, Scheme, prepare
 from cgmq_fx.exporters import Exported, exporters
 from cgmq_fx.exporters.agreement import compare
-from cgmq_fx.exporters.certificate import verify_file
+from cgmq_fx.exporters.certificate import verify
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.lower import lower
@@ -144,7 +144,7 @@ def deployed(name: str, scheme: str = "tensor", budget: str = "bops <= 2%") -> R
 def assert_counted(exported: Exported, result: Result) -> None:
     """A file was counted on its own, and costs what its graph costs."""
     assert exported.certificate.from_file
-    again = verify_file(exported.path, result.budget)
+    again = verify(exported.path, result.budget)
     assert [s.value for s in again.states] == [s.value for s in result.cost.states]
 
 

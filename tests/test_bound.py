@@ -16,7 +16,7 @@ from benchmarks.lenet5 import LeNet5
 from cgmq_fx import Budget, Constraint, InfeasibleBudgetError, Scheme
 from cgmq_fx.cost_models import GraphFacts
 from cgmq_fx.passes.quantizer import Quantizer
-from cgmq_fx.verify import verify
+from cgmq_fx.recount import verify
 from tests.random_nets import captured, constraint, ends, facts, prepared, recount, train
 
 NAMES = ("bops", "macs", "weights")

@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from cgmq_fx import ArtifactError, BoundError, BudgetError, ExportError
 from cgmq_fx.cli import main
 from cgmq_fx.cost_models import parse_budget
-from cgmq_fx.exporters.certificate import SUFFIX, manifest_of, verify_file
+from cgmq_fx.exporters.certificate import SUFFIX, manifest_of, verify
 from cgmq_fx.exporters.cost_graph import Layout, Manifest, activation_bits, weight_bits
-from cgmq_fx.verify import count
+from cgmq_fx.recount import count
 from tests.deploy_nets import deployed
 
 onnx = pytest.importorskip("onnx")
@@ -64,7 +64,7 @@ def test_a_file_costs_what_the_graph_costs(
 ) -> None:
     result = deployed(name, scheme)
     expected = count(result.model, result.inputs, parse_budget(EVERYTHING)).states
-    found = verify_file(file(name, scheme, kind), EVERYTHING)
+    found = verify(file(name, scheme, kind), EVERYTHING)
     assert [s.value for s in found.states] == [s.value for s in expected]
     assert [s.reference for s in found.states] == [s.reference for s in expected]
     assert found.unknown == ()
@@ -85,7 +85,7 @@ def test_a_file_never_costs_more_than_the_graph(
     """Codes that need fewer bits than their gates allow, and rounding in front of what moves."""
     result = deployed(name, scheme)
     expected = count(result.model, result.inputs, parse_budget(EVERYTHING)).states
-    found = verify_file(file(name, scheme, kind), EVERYTHING).states
+    found = verify(file(name, scheme, kind), EVERYTHING).states
     for own, other in zip(found, expected, strict=True):
         assert 0.5 * other.value <= own.value <= other.value
 
@@ -131,12 +131,12 @@ def test_a_missing_package_is_named(
     path = file("lenet5", "tensor")
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ExportError, match=r'needs onnx; .*pip install "cgmq-fx\[verify\]"'):
-        verify_file(path)
+        verify(path)
 
 
 def test_a_wrong_budget_is_an_error(file: Callable[..., Path]) -> None:
     with pytest.raises(BudgetError, match="flops"):
-        verify_file(file("lenet5", "tensor"), "flops <= 1")
+        verify(file("lenet5", "tensor"), "flops <= 1")
     assert run(file("lenet5", "tensor"), "--budget", "flops <= 1")[0] == 1
 
 
@@ -152,13 +152,24 @@ def test_a_changed_file_is_not_the_certified_one(file: Callable[..., Path], tmp_
     other = copied(path, tmp_path)
     beside = other.with_name(other.name + SUFFIX)
     beside.write_text(path.with_name(path.name + SUFFIX).read_text())
-    assert verify_file(other).satisfied
+    assert verify(other).satisfied
     other.write_bytes(path.read_bytes() + b"\0\0")
     with pytest.raises(ArtifactError, match="its hash is another one"):
-        verify_file(other)
+        verify(other)
     beside.write_text("{}")
     with pytest.raises(ArtifactError, match="is no certificate"):
-        verify_file(other)
+        verify(other)
+
+
+def test_a_certificate_that_states_other_costs(file: Callable[..., Path], tmp_path: Path) -> None:
+    path = file("lenet5", "tensor")
+    other = copied(path, tmp_path)
+    stated = json.loads(path.with_name(path.name + SUFFIX).read_text())
+    stated["constraints"][0]["value"] += 1
+    other.with_name(other.name + SUFFIX).write_text(json.dumps(stated))
+    with pytest.raises(ArtifactError, match=r"states \S+ bop for .*, but the file costs"):
+        verify(other)
+    assert verify(other, "macs <= 100%").satisfied  # it says nothing about that
 
 
 def more_codes(model: Any) -> None:
@@ -191,11 +202,11 @@ def test_what_a_file_costs_is_read_not_believed(
 ) -> None:
     path = copied(file("lenet5", "tensor"), tmp_path)
     model = onnx.load(path)
-    before = verify_file(path, "bops <= 100%").states[0].value
+    before = verify(path, "bops <= 100%").states[0].value
     CHEATS[cheat](model)
     onnx.save(model, path)
-    assert verify_file(path, "bops <= 100%").states[0].value > before
-    assert not verify_file(path).satisfied
+    assert verify(path, "bops <= 100%").states[0].value > before
+    assert not verify(path).satisfied
 
 
 def drop_manifest(model: Any) -> None:
@@ -269,7 +280,7 @@ def test_damage_is_a_clear_error(
     damage(model)
     onnx.save(model, path)
     with pytest.raises(ArtifactError, match=DAMAGE[damage]):
-        verify_file(path)
+        verify(path)
     assert run(path)[0] == 1
 
 
@@ -278,7 +289,7 @@ def test_truncated_files_are_refused(kept: int, file: Callable[..., Path], tmp_p
     path = copied(file("lenet5", "tensor"), tmp_path)
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ArtifactError, match=r"damaged|not one that"):
-        verify_file(path)
+        verify(path)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +306,7 @@ def test_files_that_are_not_ours_are_refused(name: str, message: str, tmp_path: 
     if not name.startswith("nowhere"):
         (tmp_path / name).write_text("this is no model, whatever its name says")
     with pytest.raises(ArtifactError, match=message):
-        verify_file(tmp_path / name)
+        verify(tmp_path / name)
 
 
 @pytest.mark.parametrize("kind", ["onnx", "pt2"])
@@ -361,10 +372,10 @@ def test_shares_of_a_shortened_network_refer_to_the_whole_one(suffix: str, tmp_p
     exported = result.export(tmp_path / f"net.{suffix}")
     assert result.cost.facts.macs <= 0.6 * whole.cost.facts.macs
     for budget in (None, "macs <= 60%"):
-        (state,) = verify_file(exported.path, budget).states
+        (state,) = verify(exported.path, budget).states
         assert state.satisfied
         assert state.relative == result.cost["macs"].relative
-    (other,) = verify_file(exported.path, "bops <= 50%").states  # nobody said what these were
+    (other,) = verify(exported.path, "bops <= 50%").states  # nobody said what these were
     assert other.reference < whole.cost["bops"].reference
 
 

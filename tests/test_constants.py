@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import cgmq_fx
-from cgmq_fx.exporters.certificate import verify_file
+from cgmq_fx.exporters.certificate import verify
 from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.capture import ExampleInputs
 
@@ -84,7 +84,7 @@ def test_the_bound_holds_on_the_file(
     result = cgmq_fx.prepare(make(), BUDGET, torch.randn(5, 6)).finalize()
     path = result.export(tmp_path / f"net.{suffix}").path
     for budget in (None, BUDGET):
-        found = verify_file(path, budget)
+        found = verify(path, budget)
         assert found.satisfied
         assert [s.relative for s in found.states] == [s.relative for s in result.cost]
 

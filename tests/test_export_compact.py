@@ -11,7 +11,7 @@ from cgmq_fx.exporters.agreement import compare
 from cgmq_fx.exporters.onnx_compact import without_fusion
 from cgmq_fx.exporters.onnx_file import run_onnx
 from cgmq_fx.passes.lower import lower
-from cgmq_fx.verify import count
+from cgmq_fx.recount import count
 from tests.deploy_nets import deployed, inputs_of
 
 onnx = pytest.importorskip("onnx")

@@ -13,7 +13,7 @@ from benchmarks.op_nets import OPS
 from cgmq_fx import Scheme, prepare
 from cgmq_fx.exporters import exporters
 from cgmq_fx.exporters.agreement import compare, trial_batches
-from cgmq_fx.exporters.certificate import verify_file
+from cgmq_fx.exporters.certificate import verify
 from cgmq_fx.exporters.onnx_file import run_onnx
 from cgmq_fx.passes.lower import lower
 from tests.deploy_nets import deployed, inputs_of
@@ -104,7 +104,7 @@ def test_weights_are_bytes_and_biases_whole_numbers(
     unread -= {name for node in onnx.load(path).graph.node for name in node.input}
     assert not unread
     result = deployed(name, scheme)
-    states = verify_file(path, result.budget).states
+    states = verify(path, result.budget).states
     assert [s.value for s in states] == [s.value for s in result.cost.states]
 
 
@@ -112,7 +112,19 @@ def test_nothing_of_the_user_s_machine_is_in_the_file(file: Callable[[str, str],
     content = file("lenet5", "tensor").read_bytes()
     assert b"lenet5.py" not in content
     assert b"nn_module_stack" not in content
-    assert b"s34" in content  # the free batch size
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("lenet5", "tensor"), ("resnet20", "channel")])
+def test_what_users_call_has_names(
+    name: str, scheme: str, file: Callable[[str, str], Path]
+) -> None:
+    graph = onnx.load(file(name, scheme)).graph
+    (image,), (output,) = graph.input, graph.output
+    assert output.name == "output"
+    sizes = [put.type.tensor_type.shape.dim[0].dim_param for put in (image, output)]
+    assert sizes == ["batch", "batch"]
+    free = {d.dim_param for v in graph.value_info for d in v.type.tensor_type.shape.dim}
+    assert not [size for size in free if "s" in size]  # nothing is left of torch.export's names
 
 
 def test_versions_are_ones_that_runtimes_take(file: Callable[[str, str], Path]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from cgmq_fx import PRESETS, ArtifactError, ExportError, prepare
 from cgmq_fx.exporters import exporters
 from cgmq_fx.exporters.agreement import compare
-from cgmq_fx.exporters.certificate import verify_file
+from cgmq_fx.exporters.certificate import verify
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.lower import lower
 from cgmq_fx.passes.quant_nodes import width_of
@@ -87,7 +87,7 @@ def test_the_cost_is_counted_from_the_file(name: str, scheme: str, tmp_path: Pat
         assert 0.5 * known.value < counted.value <= known.value
     else:
         assert counted.value == known.value
-    assert verify_file(exported.path).states[0].value == counted.value
+    assert verify(exported.path).states[0].value == counted.value
 
 
 def test_joined_tensors_are_on_a_grid_of_their_own(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_file_that_was_changed_is_refused(
     change: Callable[[Any], None], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ArtifactError, match=message):
-        verify_file(tampered(change, tmp_path))
+        verify(tampered(change, tmp_path))
 
 
 def test_pools_run_on_codes(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from cgmq_fx import ArtifactError, prepare
 from cgmq_fx.cost_models import GraphFacts, NodeFacts, Stored
-from cgmq_fx.exporters.certificate import SUFFIX, verify_file
+from cgmq_fx.exporters.certificate import SUFFIX, verify
 from cgmq_fx.exporters.layer_names import layer_names, named
 from cgmq_fx.result import Result
 from tests.deploy_nets import SCHEMES, float_net, inputs_of
@@ -68,9 +68,9 @@ def test_a_part_is_counted_from_the_file(kind: str, result: Result, tmp_path: Pa
     path = result.export(tmp_path / f"net.{kind}", verify=False).path
     stated = json.loads(path.with_name(path.name + SUFFIX).read_text())
     assert stated["counted_from"] == "file"
-    found = verify_file(path)
+    found = verify(path)
     assert [s.value for s in found.states] == [s.value for s in result.cost.states]
-    assert verify_file(path, "bops[0] <= 1%").satisfied is False
+    assert verify(path, "bops[0] <= 1%").satisfied is False
 
 
 def test_a_part_of_a_file_without_names_cannot_be_told(tmp_path: Path) -> None:
@@ -78,4 +78,4 @@ def test_a_part_of_a_file_without_names_cannot_be_told(tmp_path: Path) -> None:
     whole = prepare(model, "bops <= 4%", inputs, scheme=SCHEMES["integer"]).finalize()
     path = whole.export(tmp_path / "net.pt2", verify=False).path
     with pytest.raises(ArtifactError, match="its own budget bounds no part of the model"):
-        verify_file(path, "bops[0] <= 1%")
+        verify(path, "bops[0] <= 1%")

@@ -18,7 +18,7 @@ from cgmq_fx import ArtifactError, load
 from cgmq_fx.artifact import _deflate, _inflate
 from cgmq_fx.cost_models import parse_budget
 from cgmq_fx.packed_weights import _deflated, pack_bits, unpack_bits
-from cgmq_fx.verify import count
+from cgmq_fx.recount import count
 from tests.deploy_nets import deployed, inputs_of
 from tests.nets import call
 

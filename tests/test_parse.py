@@ -178,6 +178,8 @@ REFUSED: list[tuple[Any, str]] = [
         "'KiB' does not fit 'bops', which is measured in bop; give the bound in bop",
     ),
     ("weights <= 2 GBOPs", "the unit 'GBOPs' does not fit 'weights', which is measured in byte"),
+    ("weights <= 20 KB", r"'KB' does not fit .* byte; write KiB for powers of 1024 or kB for"),
+    ("weights <= 2 mib", "write MiB for powers of 1024 or MB for powers of 1000, or give"),
     ("weights <= 5 parrots", "the unit 'parrots' does not fit"),
     ("weights <= 3 kg", "the unit 'kg' does not fit"),
     ("weights <= 3 degC", "the unit 'degC' does not fit"),

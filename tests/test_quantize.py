@@ -15,7 +15,7 @@ import cgmq_fx
 from cgmq_fx.history import EpochRecord, StepRecord
 from cgmq_fx.passes.freeze import read_bits
 from cgmq_fx.passes.scheme import Granularity
-from cgmq_fx.verify import verify
+from cgmq_fx.recount import verify
 from tests.random_nets import TinyCNN, TwoInputs, recount
 
 BUDGET, SHARE = "bops <= 2%", 0.02

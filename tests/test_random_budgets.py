@@ -10,7 +10,7 @@ import torch
 import cgmq_fx
 from benchmarks.random_budgets import PER_NET, Outcome, problems_of_net, raisable
 from cgmq_fx.cost_models import parse_budget
-from cgmq_fx.verify import count
+from cgmq_fx.recount import count
 from tests.random_nets import TinyCNN
 
 IMAGES = torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)

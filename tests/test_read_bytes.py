@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from cgmq_fx import ArtifactError, ExportError
 from cgmq_fx.cli import main
 from cgmq_fx.cost_models import CONVENTION
-from cgmq_fx.exporters.certificate import SUFFIX, verify_file
+from cgmq_fx.exporters.certificate import SUFFIX, verify
 from cgmq_fx.exporters.float_codes import float_codes
 
 pytest.importorskip("flatbuffers")
@@ -43,7 +43,7 @@ COSTS: dict[str, tuple[float, ...]] = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["mlp", "separable", "parts"])
 def test_a_file_costs_what_the_graph_costs(name: str, kind: str) -> None:
-    found = verify_file(DATA / f"{name}.{kind}", EVERYTHING)
+    found = verify(DATA / f"{name}.{kind}", EVERYTHING)
     assert tuple(state.value for state in found.states) == COSTS[name]
     assert found.unknown == ()
     assert found.from_file
@@ -52,7 +52,7 @@ def test_a_file_costs_what_the_graph_costs(name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_runs_in_float_counts_at_the_bits_of_its_grid(kind: str) -> None:
     """Linear layers without a rounded result keep float weights, which lie on their grids."""
-    found = verify_file(DATA / f"transformer.{kind}", EVERYTHING)
+    found = verify(DATA / f"transformer.{kind}", EVERYTHING)
     values = [state.value for state in found.states]
     assert tuple(values[:3]) == COSTS["transformer"][:3]
     assert all(v <= most for v, most in zip(values, COSTS["transformer"], strict=True))
@@ -82,7 +82,7 @@ def test_the_command_says_whether_bounds_hold(kind: str) -> None:
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flatbuffers.table", None)
     with pytest.raises(ExportError, match=r'needs flatbuffers.*pip install "cgmq-fx\[verify\]"'):
-        verify_file(DATA / "mlp.pte")
+        verify(DATA / "mlp.pte")
 
 
 def changed(kind: str, old: bytes, new: bytes, folder: Path, name: str = "mlp") -> Path:
@@ -108,14 +108,14 @@ def test_a_manifest_that_does_not_fit_is_refused(
     old: bytes, new: bytes, message: str, kind: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ArtifactError, match=message):
-        verify_file(changed(kind, old, new, tmp_path))
+        verify(changed(kind, old, new, tmp_path))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_batch_that_a_file_states_is_not_believed(kind: str, tmp_path: Path) -> None:
     """A larger batch would make a sample seem cheaper."""
     path = changed(kind, b'"batch":4', b'"batch":9', tmp_path)
-    assert verify_file(path, "macs <= 100%").states[0].value == COSTS["mlp"][2]
+    assert verify(path, "macs <= 100%").states[0].value == COSTS["mlp"][2]
 
 
 def wider_codes(content: bytes) -> bytes:
@@ -133,8 +133,8 @@ def wider_codes(content: bytes) -> bytes:
 def test_what_a_file_costs_is_read_from_its_codes(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"net.{kind}"
     path.write_bytes(wider_codes((DATA / f"mlp.{kind}").read_bytes()))
-    before = verify_file(DATA / f"mlp.{kind}", "weights <= 100%").states[0].value
-    assert verify_file(path, "weights <= 100%").states[0].value > before
+    before = verify(DATA / f"mlp.{kind}", "weights <= 100%").states[0].value
+    assert verify(path, "weights <= 100%").states[0].value > before
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -145,7 +145,7 @@ def test_files_that_are_not_ours_are_refused(content: bytes, kind: str, tmp_path
     path = tmp_path / f"net.{kind}"
     path.write_bytes(content)
     with pytest.raises(ArtifactError, match=r"net\.(pte|tflite)"):
-        verify_file(path)
+        verify(path)
     assert run(path)[0] == 1
 
 
@@ -156,7 +156,7 @@ def test_truncated_files_are_refused(kept: float, kind: str, tmp_path: Path) -> 
     path = tmp_path / f"net.{kind}"
     path.write_bytes(content[: int(kept * len(content))])
     with pytest.raises(ArtifactError, match=r"cannot be counted|is damaged"):
-        verify_file(path)
+        verify(path)
 
 
 def flipped(content: bytes, chance: random.Random) -> bytes:
@@ -176,7 +176,7 @@ def flipped(content: bytes, chance: random.Random) -> bytes:
 def cost_or_error(path: Path) -> float | None:
     """The cost of a file, or None where it is refused in the way that it should be."""
     try:
-        return verify_file(path, "bops <= 100%").states[0].value
+        return verify(path, "bops <= 100%").states[0].value
     except ArtifactError:
         return None
 
@@ -198,7 +198,7 @@ def test_a_changed_file_is_not_the_certified_one(tmp_path: Path) -> None:
     beside = path.with_name(path.name + SUFFIX)
     beside.write_text(json.dumps({"sha256": "0" * 64}))
     with pytest.raises(ArtifactError, match="its hash is another one"):
-        verify_file(path)
+        verify(path)
 
 
 def grid_of(rows: list[list[float]]) -> tuple[list[list[int]], list[float]] | None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cgmq_fx import ArtifactError
-from cgmq_fx.exporters.certificate import verify_file
+from cgmq_fx.exporters.certificate import verify
 from tests.deploy_nets import deployed
 
 Files = dict[str, bytes]
@@ -49,23 +49,23 @@ def node(data: Any, target: str) -> Any:
 
 
 def test_what_is_written_again_reads_the_same(files: Files, tmp_path: Path) -> None:
-    found = verify_file(written(files, tmp_path))
+    found = verify(written(files, tmp_path))
     assert found.satisfied
     assert found.from_file
 
 
 def test_weights_are_read_not_believed(files: Files, tmp_path: Path) -> None:
-    before = verify_file(written(files, tmp_path), "bops <= 100%").states[0].value
+    before = verify(written(files, tmp_path), "bops <= 100%").states[0].value
     changed = dict(files)
     entry = json.loads(files[WEIGHTS])["config"]["0_weight_codes"]
     name = f"net/data/weights/{entry['path_name']}"
     codes = np.arange(len(files[name])) % 255 - 127
     changed[name] = codes.astype(np.int8).tobytes()
-    assert verify_file(written(changed, tmp_path), "bops <= 100%").states[0].value > before
+    assert verify(written(changed, tmp_path), "bops <= 100%").states[0].value > before
 
 
 def test_clamps_are_read_not_believed(files: Files, tmp_path: Path) -> None:
-    before = verify_file(written(files, tmp_path), "bops <= 100%").states[0].value
+    before = verify(written(files, tmp_path), "bops <= 100%").states[0].value
     changed = dict(files)
 
     def widen(data: Any) -> None:
@@ -74,11 +74,11 @@ def test_clamps_are_read_not_believed(files: Files, tmp_path: Path) -> None:
                 row["inputs"][1]["arg"], row["inputs"][2]["arg"] = {"as_int": -127}, {"as_int": 127}
 
     edit(changed, GRAPH, widen)
-    assert verify_file(written(changed, tmp_path), "bops <= 100%").states[0].value > before
+    assert verify(written(changed, tmp_path), "bops <= 100%").states[0].value > before
 
 
 def test_sizes_that_the_file_states_are_not_believed(files: Files, tmp_path: Path) -> None:
-    before = verify_file(written(files, tmp_path), "macs <= 100%").states[0].value
+    before = verify(written(files, tmp_path), "macs <= 100%").states[0].value
     changed = dict(files)
 
     def shrink(data: Any) -> None:
@@ -88,7 +88,7 @@ def test_sizes_that_the_file_states_are_not_believed(files: Files, tmp_path: Pat
                 values[name]["sizes"] = [{"as_int": 1}, {"as_int": 1}]
 
     edit(changed, GRAPH, shrink)
-    assert verify_file(written(changed, tmp_path), "macs <= 100%").states[0].value == before
+    assert verify(written(changed, tmp_path), "macs <= 100%").states[0].value == before
 
 
 def evil_op(data: Any) -> None:
@@ -132,14 +132,14 @@ def test_hostile_graphs_are_refused(
     changed = dict(files)
     edit(changed, GRAPH, change)
     with pytest.raises(ArtifactError, match=EDITS[change]):
-        verify_file(written(changed, tmp_path))
+        verify(written(changed, tmp_path))
 
 
 def test_pickled_tensors_are_refused(files: Files, tmp_path: Path) -> None:
     changed = dict(files)
     edit(changed, WEIGHTS, lambda d: d["config"]["0_weight_codes"].update(use_pickle=True))
     with pytest.raises(ArtifactError, match="will not be unpickled"):
-        verify_file(written(changed, tmp_path))
+        verify(written(changed, tmp_path))
 
 
 def test_tensors_that_reach_beyond_their_bytes_are_refused(files: Files, tmp_path: Path) -> None:
@@ -150,32 +150,32 @@ def test_tensors_that_reach_beyond_their_bytes_are_refused(files: Files, tmp_pat
 
     edit(changed, WEIGHTS, grow)
     with pytest.raises(ArtifactError, match="damaged"):
-        verify_file(written(changed, tmp_path))
+        verify(written(changed, tmp_path))
 
 
 def test_a_newer_format_is_refused(files: Files, tmp_path: Path) -> None:
     changed = dict(files)
     edit(changed, MANIFEST, lambda d: d.update(format=2))
     with pytest.raises(ArtifactError, match="upgrade cgmq_fx"):
-        verify_file(written(changed, tmp_path))
+        verify(written(changed, tmp_path))
 
 
 @pytest.mark.parametrize("name", [GRAPH, MANIFEST, WEIGHTS])
 def test_missing_parts_are_named(name: str, files: Files, tmp_path: Path) -> None:
     changed = {key: content for key, content in files.items() if key != name}
     with pytest.raises(ArtifactError, match=r"has no .*not a file that cgmq_fx exported"):
-        verify_file(written(changed, tmp_path))
+        verify(written(changed, tmp_path))
 
 
 def test_a_pt2_of_someone_else_is_refused(tmp_path: Path) -> None:
     program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
     torch.export.save(program, tmp_path / "net.pt2")
     with pytest.raises(ArtifactError, match="not a file that cgmq_fx exported"):
-        verify_file(tmp_path / "net.pt2")
+        verify(tmp_path / "net.pt2")
 
 
 def test_truncated_files_are_refused(files: Files, tmp_path: Path) -> None:
     path = written(files, tmp_path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match=r"not a .pt2 file"):
-        verify_file(path)
+        verify(path)

@@ -107,7 +107,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "per cent forgotten": (
         lambda: quantize("bops <= 0.4"),
         cgmq_fx.InfeasibleBudgetError,
-        r'asked for \(a share is written with a percent sign, as in "bops <= 0\.4%"\)',
+        r'a share is written with a percent sign, as in "bops <= 0\.4%" or "bops <= 40%"\)',
     ),
     "loss is a name": (
         lambda: quantize(loss="cross_entropy"),
@@ -176,6 +176,16 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "negative epochs": (lambda: quantize(epochs=-1), cgmq_fx.OptionError, "0 or more"),
     "unknown direction": (lambda: quantize(direction="up"), cgmq_fx.OptionError, "known are"),
     "no target chip": (lambda: quantize("latency <= 1 ms"), cgmq_fx.BudgetError, "target="),
+    "beginning of a preset": (
+        lambda: quantize(target="onnx"),
+        cgmq_fx.TargetError,
+        "there is no target 'onnx'; did you mean 'onnxruntime'",
+    ),
+    "misspelt preset": (
+        lambda: quantize(target="litrt"),
+        cgmq_fx.TargetError,
+        "did you mean 'litert'",
+    ),
     "unknown chip": (lambda: quantize(target="z80"), cgmq_fx.TargetError, "there is no target"),
     "bit-width": (lambda: cgmq_fx.Scheme(bit_widths=(2, 33)), cgmq_fx.OptionError, "33 is no"),
 }

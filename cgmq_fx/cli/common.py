@@ -30,6 +30,8 @@ _OPTIONS = (
     (r"\bexample_inputs=(?!\w)", "--input"),
     (r"\b(target|format|loss)=(?!\w|')", r"--\1"),
     (r"\bjobs=(?=\d)", "--jobs "),
+    (r"the scheme's bit_widths;", "--bit-widths;"),
+    (r"`explain` shows", "cgmq-fx explain shows"),
 )
 """What errors of the library call arguments, and what they are called here."""
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from cgmq_fx.result import Result
 
+_LIBRARY = Path(__file__).resolve().parents[1]
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "bool")
 
 
@@ -212,6 +213,7 @@ def _explained(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        theirs = Path.cwd() in Path(frame.filename).parents
+        parents = Path(frame.filename).resolve().parents
+        theirs = Path.cwd() in parents and _LIBRARY not in parents
         where = f" ({Path(frame.filename).name}, line {frame.lineno})" if theirs else ""
         raise OptionError(f"{what}: {type(error).__name__}: {error}{where}") from error

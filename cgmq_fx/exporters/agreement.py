@@ -62,9 +62,11 @@ class Agreement:
         return self.values > 0 and self.within >= TOLERATED_SHARE
 
     def __str__(self) -> str:
+        largest = f"{self.largest:.3g}" if self.largest > _EXACT else f"under {_EXACT:g}"
         return (
-            f"{self.exact:.2%} of {self.values:,} outputs exact, {self.within:.2%} within a step, "
-            f"largest difference {self.largest:.3g} steps, arg-max equal in {self.argmax:.2%}"
+            f"{self.exact:.2%} of {self.values:,} outputs exact, {self.within:.2%} within a step "
+            f"of the output's grid, largest difference {largest} steps, arg-max equal in "
+            f"{self.argmax:.2%}"
         )
 
 

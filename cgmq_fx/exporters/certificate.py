@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isclose
 from pathlib import Path
@@ -18,14 +19,15 @@ from cgmq_fx.cost_models import (
     parse_budget,
 )
 from cgmq_fx.cost_models.errors import ArtifactError, BoundError, ExportError
+from cgmq_fx.cost_models.tables import TableModel
 from cgmq_fx.exporters.agreement import Agreement
 from cgmq_fx.exporters.cost_graph import Layout, Manifest
 from cgmq_fx.exporters.exporter import Exporter, find_exporter
 from cgmq_fx.exporters.layer_names import layer_names
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.quantizer import Quantizer
+from cgmq_fx.recount import count
 from cgmq_fx.result import Result
-from cgmq_fx.verify import count
 
 SUFFIX = ".certificate.json"
 _FORMAT = 1
@@ -60,6 +62,12 @@ class Certificate:
     def satisfied(self) -> bool:
         """Whether every constraint holds."""
         return all(state.satisfied for state in self.states)
+
+    def __str__(self) -> str:
+        lines = [str(state) for state in self.states]
+        if self.unknown:
+            lines.append(f"not counted (unknown ops): {', '.join(self.unknown)}")
+        return "\n".join([*lines, f"({CONVENTION})"])
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -114,7 +122,7 @@ def manifest_of(result: Result) -> Manifest:
     return Manifest(result.inputs.batch or 1, str(budget), layouts, layers, known)
 
 
-def verify_file(
+def verify(
     path: str | Path,
     budget: BudgetLike | None = None,
     *,
@@ -125,13 +133,14 @@ def verify_file(
     It needs neither the model's source nor the training code, and executes nothing from the file.
 
     Args:
-        path: The file; where its certificate lies beside it, the file must be the one certified.
+        path: The file; where its certificate lies beside it, the file must be the one certified,
+            and cost what that states.
         budget: The bounds; by default those that the file states itself.
         target: The chip for latency and energy.
 
     Raises:
         ArtifactError: If the file cannot be read, is not one that this library wrote, or is not the
-            one of its certificate.
+            one of its certificate, or does not cost what that states.
         BudgetError: If the budget cannot be read.
         ExportError: If a package that reads the format is missing.
     """
@@ -145,7 +154,7 @@ def verify_file(
     except ExportError as error:
         raise ArtifactError(str(error)) from error
     digest = hashlib.sha256(content).hexdigest()
-    _check_hash(path, digest)
+    stated = _stated(path, digest)
     try:
         read = exporter.read(path)
     except ModuleNotFoundError as error:
@@ -153,6 +162,7 @@ def verify_file(
         raise ExportError(f"reading {path} needs {package}; install with: {line}") from error
     parsed = parse_budget(budget if budget is not None else read.budget, target)
     states, unknown = read.count(parsed)
+    _check_values(path, stated, states)
     return Certificate(path.name, exporter.name, digest, len(content), states, unknown, True)
 
 
@@ -196,15 +206,35 @@ def certify(
     return certificate
 
 
-def _check_hash(path: Path, digest: str) -> None:
+def _stated(path: Path, digest: str) -> dict[str, float]:
+    """What the certificate beside a file says that constraints cost, by their text; if it is there.
+
+    Raises:
+        ArtifactError: If it is no certificate, or one of another file.
+    """
     beside = path.with_name(path.name + SUFFIX)
     if not beside.is_file():
-        return
+        return {}
     try:
-        stated = json.loads(beside.read_text())["sha256"]
+        found = json.loads(beside.read_text())
+        sha256, from_file = found["sha256"], found["counted_from"] == "file"
+        values = {str(row["constraint"]): float(row["value"]) for row in found["constraints"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{beside} is no certificate: {error}") from error
-    if stated != digest:
+    if sha256 != digest:
         raise ArtifactError(
             f"{path} is not the file that {beside.name} is about: its hash is another one"
         )
+    return values if from_file else {}
+
+
+def _check_values(path: Path, stated: dict[str, float], states: Iterable[ConstraintState]) -> None:
+    for state in states:
+        if isinstance(state.constraint.model, TableModel):
+            continue  # it does not state which chip's figures it has
+        value = stated.get(str(state.constraint), state.value)
+        if not isclose(value, state.value, rel_tol=1e-9):
+            raise ArtifactError(
+                f"the certificate of {path} states {value:g} {state.constraint.model.unit} for "
+                f"{state.constraint}, but the file costs {state.value:g}"
+            )

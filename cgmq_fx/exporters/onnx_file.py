@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import ExportError
 from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_exporter
+from cgmq_fx.exporters.onnx_names import name_for_users
 from cgmq_fx.exporters.onnx_optimiser import optimise
 from cgmq_fx.exporters.onnx_parts import keep_names, name_ops
 from cgmq_fx.exporters.onnx_reader import read_onnx
@@ -135,7 +136,7 @@ def translated(program: ExportedProgram, table: dict[Any, Any], opset: int) -> A
 
 
 def without_notes(model: Any, manifest: str) -> Any:
-    """A model of onnx_ir without the exporter's notes about where nodes came from, in place.
+    """A model of onnx_ir without the exporter's notes and names, in place.
 
     What stays is which of several nodes are one op of the model.
     """
@@ -148,6 +149,7 @@ def without_notes(model: Any, manifest: str) -> Any:
             value.metadata_props.clear()
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
+    name_for_users(model)
     model.metadata_props[_KEY] = manifest
     return model
 

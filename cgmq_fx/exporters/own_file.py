@@ -15,8 +15,8 @@ from cgmq_fx.exporters.agreement import outputs_of
 from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_exporter
 from cgmq_fx.history import History
 from cgmq_fx.passes.capture import ExampleInputs
+from cgmq_fx.recount import count
 from cgmq_fx.result import Result
-from cgmq_fx.verify import count
 
 
 @dataclass(frozen=True)
