@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -44,8 +45,9 @@ from cgmq_fx.passes.norms import (
     NormaliseBatches,
     forget_norms,
     measured_norms,
+    own_norms,
 )
-from cgmq_fx.passes.processes import refuse_sharded
+from cgmq_fx.passes.processes import process_count, refuse_sharded
 from cgmq_fx.passes.prune import RemovePrunedChannels
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.passes.recompute import recompute_rounded
@@ -54,6 +56,8 @@ from cgmq_fx.passes.shapes import PropagateShapes
 from cgmq_fx.presets import TargetLike, deployment
 from cgmq_fx.recount import verify
 from cgmq_fx.result import Result
+
+_LOG = logging.getLogger(__name__)
 
 DEFAULT_SEARCH_STEPS = 1000
 _CALIBRATION_BATCHES = 8
@@ -93,6 +97,12 @@ class Prepared:
         check_cost_models(self.facts, budget)
         check_feasible(self.facts, budget)
         run_passes(self.model, [NormaliseBatches()])
+        if process_count() > 1 and (left := own_norms(self.model)):
+            _LOG.warning(
+                "SyncBatchNorm that is not behind the layer that it is folded into normalises by "
+                "each process's own part of the batch: %s",
+                ", ".join(left),
+            )
         recompute_rounded(self.model)
         references = Ledger(self.facts, budget, lowest_bits(self.facts)).references
         self.budget = budget.referring_to(references)

@@ -17,6 +17,7 @@ from cgmq_fx.cost_models.errors import CgmqError
 from cgmq_fx.history import EpochRecord, History
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.infra import place
+from cgmq_fx.passes.norms import unshared
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.prepared import Prepared
 from cgmq_fx.result import Result
@@ -29,9 +30,10 @@ def blame(module: GraphModule, inputs: ExampleInputs) -> str:
     """What is the first thing in a forward pass that is not finite, in words."""
     if not _finite(inputs.tensors):
         return "the inputs of this batch have values that are not finite"
-    for found in (broken_state(module), _First(module).node(inputs)):
-        if found is not None:
-            return found
+    with unshared(module):
+        for found in (broken_state(module), _First(module).node(inputs)):
+            if found is not None:
+                return found
     return "every value in the graph is finite, so the loss itself or its target is to blame"
 
 

@@ -214,7 +214,9 @@ def _claim(folder: Path, identity: dict[str, str]) -> None:
         raise OptionError(f"the sweep cannot be kept in {folder}: {error}") from error
     other = found.get("sweep") if isinstance(found, dict) else None
     if not isinstance(other, dict):
-        raise OptionError(f"{manifest} is no record of a sweep; give another folder")
+        raise OptionError(
+            f"{manifest} is no record of a sweep, or one of an older version; give another folder"
+        )
     differ = [name for name, value in identity.items() if other.get(name) != value]
     if differ:
         raise OptionError(
@@ -254,6 +256,7 @@ def _run_parallel(
 ) -> None:
     try:
         from loky import ProcessPoolExecutor
+        from loky.process_executor import BrokenProcessPool
     except ImportError as error:
         raise OptionError(
             'several jobs need loky, which is not installed: pip install "cgmq-fx[sweep]"'
@@ -267,7 +270,7 @@ def _run_parallel(
         try:
             for future in futures:
                 future.result()
-        except PicklingError as error:
+        except (PicklingError, BrokenProcessPool) as error:
             raise OptionError(
                 f"the model, the data or a function cannot be passed to other processes: {error}; "
                 "use jobs=1"

@@ -262,7 +262,7 @@ class Ledger:
     ) -> list[float]:
         model, inside = self.budget.constraints[c].model, self._inside[c]
         facts = self.graph.nodes
-        return [model.node_cost(facts[i], nodes[i]) if inside[i] else 0.0 for i in indices]
+        return [float(model.node_cost(facts[i], nodes[i])) if inside[i] else 0.0 for i in indices]
 
     def _total(self, c: int, costs: Sequence[float], state: GraphBits | None) -> float:
         model = self.budget.constraints[c].model

@@ -251,7 +251,7 @@ def _fold(module: GraphModule, norm: Node, reads: Counter[str]) -> bool:
         seen = mean.double() if bias is None else mean.double() - bias.double()
         spread = var.double() * scale.square()
         layer.meta[FOLDED_NORM] = FoldedNorm(
-            (seen * scale).detach(), spread.detach(), _is_shared(norm)
+            (seen * scale).detach(), spread.detach(), is_shared(norm)
         )
     shift = -mean.double() if bias is None else bias.double() - mean.double()
     shift = shift * scale if beta is None else shift * scale + beta.double()
@@ -262,7 +262,7 @@ def _fold(module: GraphModule, norm: Node, reads: Counter[str]) -> bool:
     return True
 
 
-def _is_shared(norm: Node) -> bool:
+def is_shared(norm: Node) -> bool:
     """Whether the module that a batch norm comes from is `torch.nn.SyncBatchNorm`."""
     _, owner = next(reversed((norm.meta.get("nn_module_stack") or {"": ("", "")}).values()))
     name = owner if isinstance(owner, str) else owner.__name__

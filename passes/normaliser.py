@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from cgmq_fx.passes.processes import process_count
@@ -17,9 +17,30 @@ _FEWEST, _SAMPLES = 16, 8
 _LEAST_FACTOR = 1e-8
 
 
-def is_telling(x: Tensor) -> bool:
-    """Whether mean and variance per channel of (batch, channels, ...) tell those of other data."""
-    return x.numel() >= _FEWEST * x.shape[1] and x.shape[0] >= _SAMPLES
+def is_telling(x: Tensor, processes: int = 1) -> bool:
+    """Whether mean and variance per channel of (batch, channels, ...) tell those of other data.
+
+    Args:
+        x: The batch, or the part of it of one of so many processes.
+        processes: How many have a part of that size.
+    """
+    return processes * x.numel() >= _FEWEST * x.shape[1] and processes * x.shape[0] >= _SAMPLES
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        found = x.clone()
+        distributed.all_reduce(found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        found = grad.contiguous().clone()
+        distributed.all_reduce(found)
+        return found
 
 
 @final
@@ -104,57 +125,59 @@ class Normaliser(nn.Module):
             shift: Shape (channels,).
             grids: What `BiasQuantizer.forward` takes besides the bias, if there is a grid.
         """
-        together = self.training and self.shared and process_count() > 1
-        by_batch = self.training and (together or is_telling(x))
+        kept = None
         if self.rounding is not None:
-            shift = self._rounded(shift, grids, by_batch)
-        if together:
-            return self._together(x, shift)
+            shift = shift + self._error(shift, grids)
+            if self.rounding.axis is not None:  # pruned, the mean of the batch is zero
+                kept = kept_channels(grids[3], self.rounding.axis).to(shift.dtype)
+        if self.training and self.shared and process_count() > 1:
+            return self._together(x, shift, kept)
+        by_batch = self.training and is_telling(x)
+        if by_batch and kept is not None:
+            shift = shift * kept
         return F.batch_norm(
             x, self.mean, self.variance, self.gain, shift, by_batch, self.momentum, self.eps
         )
 
-    def _rounded(self, shift: Tensor, grids: tuple[Tensor, ...], by_batch: bool) -> Tensor:
-        """The shift with the error that rounding the folded bias will make."""
+    @torch.no_grad()
+    def _error(self, shift: Tensor, grids: tuple[Tensor, ...]) -> Tensor:
+        """The error that rounding the folded bias will make."""
         assert self.rounding is not None
         input_log_range, input_bits, weight_log_range, weight_bits = grids
-        with torch.no_grad():
-            factor, bias = self.factor, self.folded(shift)
-            log_factor = factor.abs().log().to(weight_log_range.dtype)
-            log_range = weight_log_range + log_factor.reshape(weight_log_range.shape)
-            rounded = self.rounding(bias, input_log_range, input_bits, log_range, weight_bits)
-            error = rounded - bias
-        shift = shift + error
-        if by_batch and self.rounding.axis is not None:  # pruned, the mean of the batch is zero
-            shift = shift * kept_channels(weight_bits, self.rounding.axis).to(shift.dtype)
-        return shift
+        factor, bias = self.factor, self.folded(shift)
+        log_factor = factor.abs().log().to(weight_log_range.dtype)
+        log_range = weight_log_range + log_factor.reshape(weight_log_range.shape)
+        rounded: Tensor = self.rounding(bias, input_log_range, input_bits, log_range, weight_bits)
+        return rounded - bias
 
-    def _together(self, x: Tensor, shift: Tensor) -> Tensor:
+    def _together(self, x: Tensor, shift: Tensor, kept: Tensor | None) -> Tensor:
         """By mean and variance of the batches of all processes, if these are not too small."""
-        from torch.distributed.nn.functional import all_reduce  # slow to import
-
         dims = [d for d in range(x.dim()) if d != 1]
         shape = [1, -1, *[1] * (x.dim() - 2)]
-        about = self.mean.clone()  # sums of squares about it lose no digits
-        moved = x - about.reshape(shape)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        about = self.mean.to(wide, copy=True)  # sums of squares about it lose no digits
+        moved = x.to(wide) - about.reshape(shape)
         channels, samples = x.shape[1], x.shape[0]
         size = moved.new_tensor([x.numel() // max(1, channels), samples])
         own = torch.cat([moved.sum(dims), moved.square().sum(dims), size])
-        first, second, size = all_reduce(own).split([channels, channels, 2])
+        total: Tensor = _Sum.apply(own)  # type: ignore[no-untyped-call]
+        first, second, size = total.split([channels, channels, 2])
         values, samples = size.detach().unbind()
         first = first / values.clamp(min=1.0)
         variance = (second / values.clamp(min=1.0) - first.square()).clamp(min=0.0)
         told = (values >= _FEWEST) & (samples >= _SAMPLES)
         first = torch.where(told, first, torch.zeros_like(first))
-        variance = torch.where(told, variance, self.variance)
+        variance = torch.where(told, variance, self.variance.to(wide))
+        if kept is not None:
+            shift = torch.where(told, shift * kept, shift)
         with torch.no_grad():
-            weight = self.momentum * told.to(first.dtype)
+            weight = self.momentum * told.to(wide)
             self.mean.copy_(torch.lerp(about, about + first, weight))
             unbiased = variance * (values / (values - 1.0).clamp(min=1.0))
-            self.variance.copy_(torch.lerp(self.variance, unbiased, weight))
+            self.variance.copy_(torch.lerp(self.variance.to(wide), unbiased, weight))
         factor = self.gain * (variance + self.eps).rsqrt()
-        y: Tensor = moved * factor.reshape(shape) + (shift - first * factor).reshape(shape)
-        return y
+        y = moved * factor.reshape(shape) + (shift - first * factor).reshape(shape)
+        return y.to(x.dtype)
 
     def extra_repr(self) -> str:
         """The number of channels."""

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from cgmq_fx.passes.bias import BIASES
 from cgmq_fx.passes.infra import Pass, PassResult
 from cgmq_fx.passes.meeting import weight_axis
-from cgmq_fx.passes.normalise import FOLDED_NORM, FoldedNorm
+from cgmq_fx.passes.normalise import FOLDED_NORM, FoldedNorm, is_shared
 from cgmq_fx.passes.normaliser import Normaliser, is_telling
 from cgmq_fx.passes.optable import ComputeOp, argument, compute_op, set_argument
 from cgmq_fx.passes.processes import process_count
@@ -112,16 +112,38 @@ def normalised_batches(module: GraphModule) -> Iterator[None]:
     Processes do not wait for each other meanwhile.
     """
     owners = [owner for _, owner in normalisers(module)]
-    shared = [owner.shared for owner in owners]
+    with unshared(module):
+        try:
+            for owner in owners:
+                owner.train()
+            yield
+        finally:
+            for owner in owners:
+                owner.eval()
+
+
+@contextmanager
+def unshared(module: GraphModule) -> Iterator[None]:
+    """Let a graph be called by one of several processes alone."""
+    shared = [owner for _, owner in normalisers(module) if owner.shared]
     try:
-        for owner in owners:
-            owner.train()
+        for owner in shared:
             owner.shared = False
         yield
     finally:
-        for owner, was in zip(owners, shared, strict=True):
-            owner.eval()
-            owner.shared = was
+        for owner in shared:
+            owner.shared = True
+
+
+def own_norms(module: GraphModule) -> list[str]:
+    """The nodes of `SyncBatchNorm` that normalise by a process's own part of the batch."""
+    return [
+        node.name
+        for node in module.graph.find_nodes(
+            op="call_function", target=torch.ops.aten.batch_norm.default
+        )
+        if is_shared(node)
+    ]
 
 
 def agree_on_norms(module: GraphModule) -> None:
@@ -152,13 +174,13 @@ class _Moments:
         self.mean: Any = 0.0
         self._spread: Any = 0.0
 
-    def add(self, x: Tensor) -> None:
-        """Count shape (batch, channels, ...)."""
+    def add(self, x: Tensor, processes: int) -> None:
+        """Count shape (batch, channels, ...), the part of one of so many processes."""
         rows = x.detach().double().movedim(1, 0).flatten(1)
         size = rows.shape[1]
         if not size:
             return
-        self.told = self.told and is_telling(x)
+        self.told = self.told and is_telling(x, processes)
         delta = rows.mean(1) - self.mean
         total = self.count + size
         self._spread = self._spread + rows.var(1, correction=0) * size
@@ -173,8 +195,8 @@ class _Moments:
         return found
 
 
-def _measure(moments: _Moments, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-    moments.add(args[0])
+def _measure(moments: _Moments, owner: Normaliser, args: tuple[Tensor, ...]) -> None:
+    moments.add(args[0], process_count() if owner.shared else 1)
 
 
 def _takes_factors(module: GraphModule, node: Node, op: ComputeOp) -> bool:

@@ -4,18 +4,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import batch_norm, cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import cgmq_fx
 from cgmq_fx.cost_models.errors import OptionError
+from cgmq_fx.passes.capture import ExampleInputs
+from cgmq_fx.passes.normaliser import Normaliser
 from cgmq_fx.passes.norms import agree_on_norms
 from cgmq_fx.passes.processes import Averages
 from cgmq_fx.passes.quantizer import Quantizer
+from cgmq_fx.rescue import blame
 
 STEPS = 12
 
@@ -60,12 +64,33 @@ def trained(rank: int, count: int, norm: str) -> dict[str, Any]:
     }
 
 
+def joint(rank: int) -> dict[str, Any]:
+    """What normalisers give that look at the batches of both processes."""
+    x = 3 * torch.rand(8, 2, 64, 64, generator=torch.Generator().manual_seed(2)) + 1
+    half = Normaliser(torch.zeros(2), torch.ones(2), None, shared=True).half()
+    rows = half(x[4 * rank : 4 * rank + 4].half(), torch.zeros(2).half())
+    scheme = cgmq_fx.Scheme(bit_widths=(0, 2, 8), weights="channel")
+    run = cgmq_fx.prepare(net("shared"), "bops <= 90%", torch.rand(16, 1, 8, 8), scheme=scheme)
+    bits = {name: np.array(b) for name, b in run.controller.assignment.items()}
+    first = next(name for name, q in run.facts.quantizers.items() if q.gates == 4)
+    bits[first][:] = (0, 8, 8, 8)
+    run.freeze(bits)
+    given: list[Tensor] = []
+    owner = next(module for module in run.model.modules() if isinstance(module, Normaliser))
+    owner.register_forward_hook(lambda *call: given.append(call[-1]))
+    inputs = torch.rand(2, 1, 8, 8)  # 4 samples in both, too few to tell
+    run.model.train()(inputs)
+    alone = blame(run.model, ExampleInputs((inputs,))) if rank else ""  # the other does not wait
+    return {"half": rows.float(), "whole": x, "blame": alone, "pruned": given[0][:, 0]}
+
+
 def work(rank: int, count: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count
     )
-    torch.save({norm: trained(rank, count, norm) for norm in NORMS}, f"{folder}/{rank}.pt")
+    found = {norm: trained(rank, count, norm) for norm in NORMS}
+    torch.save({**found, "joint": joint(rank)}, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -85,6 +110,13 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
         assert torch.equal(first["levels"], alone["levels"])
         torch.testing.assert_close(first["sensitivity"], alone["sensitivity"], rtol=1e-3, atol=0)
         torch.testing.assert_close(first["state"], alone["state"], rtol=1e-4, atol=1e-5)
+
+    first, second = (found["joint"] for found in both)
+    wanted = batch_norm(first["whole"], None, None, training=True)
+    found = torch.cat([first["half"], second["half"]])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=5e-3)
+    assert not first["pruned"].any()
+    assert second["blame"].startswith("every value in the graph is finite")
 
 
 @pytest.fixture

@@ -357,6 +357,33 @@ def test_the_ends_of_the_bit_widths() -> None:
     assert lowest_bits(facts)["w1"].shape == (3,)
 
 
+class Counted(CostModel):
+    """A user's model that gives whole numbers of any kind, or fractions."""
+
+    name = "counted"
+    unit = "piece"
+
+    def node_cost(self, node: NodeFacts, bits: NodeBits) -> Any:
+        found = bits.mean(lambda w, a: w + a)
+        whole = found == int(found)
+        return np.uint64(found) if whole and found % 2 else int(found) if whole else found
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_whole_numbers_and_fractions_add_up(data: st.DataObject) -> None:
+    facts = chain((3, 1, 3))
+    ledger = Ledger(facts, Budget((Counted() <= 1e9,)), lowest_bits(facts))
+    for _ in range(3):
+        ledger.assign(data.draw(all_gates(facts)))
+        assert account(ledger) == account(Ledger(facts, ledger.budget, dict(ledger.assignment)))
+        name, bits_then = data.draw(st.one_of([gates(name, facts) for name in facts.quantizers]))
+        predicted = ledger.trial(name, bits_then)
+        ledger.move(name, bits_then)
+        again = Ledger(facts, ledger.budget, dict(ledger.assignment))
+        assert ledger.totals == predicted == again.totals
+
+
 class Wild(CostModel):
     """A user's model whose costs differ by hundreds of orders of magnitude, or are infinite."""
 

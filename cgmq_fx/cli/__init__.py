@@ -43,7 +43,7 @@ def main(modules: tuple[str, ...]) -> None:
     \b
     Examples:
         cgmq-fx quantize mynet:make --data mynet:batches --budget "bops <= 1%"
-        cgmq-fx --import mycosts verify net.onnx --budget "traffic <= 20 KB"
+        cgmq-fx --import mycosts verify net.onnx --budget "traffic <= 20 kB"
     """  # noqa: D301 - click wants the backspace
     if modules:
         reported(import_modules)(modules)

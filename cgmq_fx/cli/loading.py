@@ -166,11 +166,11 @@ def _named(name: str) -> Any:
 
 
 def _imported(module: str) -> ModuleType:
-    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - sys.path holds strings
-    try:
-        return importlib.import_module(module)
-    finally:
-        sys.path.pop(0)
+    """A module, seen from the working directory, which stays on the path for other processes."""
+    here = os.getcwd()  # noqa: PTH109 - sys.path holds strings
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    return importlib.import_module(module)
 
 
 def _batches(name: str) -> Any:

@@ -30,10 +30,9 @@ def command(file: Path, budget: str | None, target: str | None, quiet: bool, as_
     Example:
         cgmq-fx verify lenet5.onnx --budget "bops <= 0.4%, weights <= 200 KiB"
     """  # noqa: D301 - click wants the backspace
-    from cgmq_fx.cost_models.target import load_target
     from cgmq_fx.exporters.certificate import verify
 
-    found = verify(file, budget, target=None if target is None else load_target(target))
+    found = verify(file, budget, target=target)
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=1))
     elif not quiet:

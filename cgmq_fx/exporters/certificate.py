@@ -15,7 +15,6 @@ from cgmq_fx.cost_models import (
     Budget,
     BudgetLike,
     ConstraintState,
-    Target,
     parse_budget,
 )
 from cgmq_fx.cost_models.errors import ArtifactError, BoundError, ExportError
@@ -26,6 +25,7 @@ from cgmq_fx.exporters.exporter import Exporter, find_exporter
 from cgmq_fx.exporters.layer_names import layer_names
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.quantizer import Quantizer
+from cgmq_fx.presets import TargetLike, deployment
 from cgmq_fx.recount import count
 from cgmq_fx.result import Result
 
@@ -126,7 +126,7 @@ def verify(
     path: str | Path,
     budget: BudgetLike | None = None,
     *,
-    target: Target | None = None,
+    target: TargetLike | None = None,
 ) -> Certificate:
     """Count what an exported file costs, from the file alone, and compare it with a budget.
 
@@ -136,12 +136,13 @@ def verify(
         path: The file; where its certificate lies beside it, the file must be the one certified,
             and cost what that states.
         budget: The bounds; by default those that the file states itself.
-        target: The chip for latency and energy.
+        target: The chip for latency and energy: a name, a file or a `Target`.
 
     Raises:
         ArtifactError: If the file cannot be read, is not one that this library wrote, or is not the
             one of its certificate, or does not cost what that states.
         BudgetError: If the budget cannot be read.
+        TargetError: If the target cannot be.
         ExportError: If a package that reads the format is missing.
     """
     path = Path(path)
@@ -160,7 +161,7 @@ def verify(
     except ModuleNotFoundError as error:
         package, line = str(error.name).partition(".")[0], 'pip install "cgmq-fx[verify]"'
         raise ExportError(f"reading {path} needs {package}; install with: {line}") from error
-    parsed = parse_budget(budget if budget is not None else read.budget, target)
+    parsed = parse_budget(budget if budget is not None else read.budget, deployment(target).chip)
     states, unknown = read.count(parsed)
     _check_values(path, stated, states)
     return Certificate(path.name, exporter.name, digest, len(content), states, unknown, True)
@@ -207,7 +208,7 @@ def certify(
 
 
 def _stated(path: Path, digest: str) -> dict[str, float]:
-    """What the certificate beside a file says that constraints cost, by their text; if it is there.
+    """What the certificate beside a file says that costs are, by their names; if it is there.
 
     Raises:
         ArtifactError: If it is no certificate, or one of another file.
@@ -218,8 +219,11 @@ def _stated(path: Path, digest: str) -> dict[str, float]:
     try:
         found = json.loads(beside.read_text())
         sha256, from_file = found["sha256"], found["counted_from"] == "file"
-        values = {str(row["constraint"]): float(row["value"]) for row in found["constraints"]}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        values = {
+            str(row["constraint"]).partition(" <= ")[0]: float(row["value"])
+            for row in found["constraints"]
+        }
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ArtifactError(f"{beside} is no certificate: {error}") from error
     if sha256 != digest:
         raise ArtifactError(
@@ -232,9 +236,11 @@ def _check_values(path: Path, stated: dict[str, float], states: Iterable[Constra
     for state in states:
         if isinstance(state.constraint.model, TableModel):
             continue  # it does not state which chip's figures it has
-        value = stated.get(str(state.constraint), state.value)
+        name, unit = state.constraint.name, state.constraint.model.unit
+        value = stated.get(name, state.value)
         if not isclose(value, state.value, rel_tol=1e-9):
             raise ArtifactError(
-                f"the certificate of {path} states {value:g} {state.constraint.model.unit} for "
-                f"{state.constraint}, but the file costs {state.value:g}"
+                f"the certificate of {path} states {value:g} {unit} of {name}, but counted from "
+                f"the file it is {state.value:g}; a cost model with arguments must be given in the "
+                "budget, with these"
             )

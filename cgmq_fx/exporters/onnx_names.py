@@ -29,15 +29,16 @@ def name_for_users(model: Any) -> None:
 def _name_batch(model: Any, values: list[Any]) -> None:
     import onnx_ir as ir
 
-    first = {str(v.shape[0]) for v in model.graph.inputs if v.shape is not None and v.shape.rank()}
-    symbols = {name for name in first if not name.isdecimal()}
-    if len(symbols) != 1:
+    first = [v.shape[0] for v in model.graph.inputs if v.shape is not None and v.shape.rank()]
+    symbols = {size.value for size in first if not isinstance(size, int)}
+    if len(symbols) != 1 or None in symbols:
         return
     symbol = re.compile(rf"\b{re.escape(symbols.pop())}\b")
     for value in values:
         if value.shape is not None:
-            sizes = [
-                size if isinstance(size, int) else symbol.sub(_BATCH, str(size))
+            value.shape = ir.Shape(
+                size
+                if isinstance(size, int) or size.value is None
+                else symbol.sub(_BATCH, size.value)
                 for size in value.shape
-            ]
-            value.shape = ir.Shape(sizes)
+            )
