@@ -79,16 +79,19 @@ def test_public_names_do_not_wait_for_what_only_some_of_them_use(tmp_path: Path)
 def test_first_use_takes_less_than_a_third_of_a_second_beyond_torch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Processor time, for other work on the machine is not ours; with byte code, as installed."""
+    """Processor time, for other work on the machine is not ours; with byte code, as installed.
+
+    Where PyTorch's own import takes longer than a second, a third of that.
+    """
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path / "bytecode"))
     code = (
-        "import torch; from time import process_time as now; before = now(); "
-        "import cgmq_fx; cgmq_fx.quantize; print(now() - before)"
+        "from time import process_time as now; start = now(); import torch; before = now(); "
+        "import cgmq_fx; cgmq_fx.quantize; print((now() - before) / max(1.0, before - start))"
     )
     command = (sys.executable, "-c", code)
     seconds = (float(run(*command, cwd=tmp_path, python_path=str(ROOT))) for _ in range(5))
-    assert any(taken < 0.3 for taken in seconds)  # the first has to compile
+    assert any(taken < 0.33 for taken in seconds)  # the first has to compile
 
 
 ALLOWED = {

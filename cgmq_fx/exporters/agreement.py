@@ -65,8 +65,7 @@ class Agreement:
         largest = f"{self.largest:.3g}" if self.largest > _EXACT else f"under {_EXACT:g}"
         return (
             f"{self.exact:.2%} of {self.values:,} outputs exact, {self.within:.2%} within a step "
-            f"of the output's grid, largest difference {largest} steps, arg-max equal in "
-            f"{self.argmax:.2%}"
+            f"of their grid, largest difference {largest} steps, arg-max equal in {self.argmax:.2%}"
         )
 
 

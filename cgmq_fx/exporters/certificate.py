@@ -218,17 +218,17 @@ def _stated(path: Path, digest: str) -> dict[str, float]:
         return {}
     try:
         found = json.loads(beside.read_text())
-        sha256, from_file = found["sha256"], found["counted_from"] == "file"
+        if found["sha256"] != digest:
+            raise ArtifactError(
+                f"{path} is not the file that {beside.name} is about: its hash is another one"
+            )
         values = {
             str(row["constraint"]).partition(" <= ")[0]: float(row["value"])
             for row in found["constraints"]
         }
+        from_file = found["counted_from"] == "file"
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ArtifactError(f"{beside} is no certificate: {error}") from error
-    if sha256 != digest:
-        raise ArtifactError(
-            f"{path} is not the file that {beside.name} is about: its hash is another one"
-        )
     return values if from_file else {}
 
 
