@@ -94,7 +94,7 @@ def in_child(folder: Path, kill_after: float | None = None) -> tuple[str | None,
             os.kill(child.pid, signal.SIGKILL)
         found = ours.recv()
     except EOFError:
-        pass
+        pass  # it was killed, as asked, and has nothing more to say
     child.join()
     return found, time.monotonic() - start
 
@@ -179,7 +179,7 @@ def disk(runs: int, seed: int) -> bool:
             except CheckpointError:
                 refused += 1  # the very first checkpoint has to succeed
             except StopError:
-                pass
+                pass  # by `StopAt`; what is left on the disk is what matters
             corrupt += not complete(folder)
             equal += fingerprint(small_run(folder)) == expected
         if (run + 1) % 10 == 0 or run + 1 == runs:

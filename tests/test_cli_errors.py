@@ -206,6 +206,8 @@ def test_every_command_is_used_wrongly() -> None:
         ("a target=, or format=", "a --target, or --format"),
         ("target='fpga'", "target='fpga'"),
         ("use jobs=1", "use --jobs 1"),
+        ("(the scheme's bit_widths; 0 prunes)", "(--bit-widths; 0 prunes)"),
+        ("`explain` shows what", "cgmq-fx explain shows what"),
     ],
 )
 def test_arguments_are_called_by_their_options(text: str, shown: str) -> None:

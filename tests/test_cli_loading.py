@@ -79,6 +79,7 @@ def test_mnist_that_is_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         ("cifar", "neither package.module:loader nor mnist"),
         (f"{HERE}:none", "has no attribute 'none'"),
         (f"{HERE}:broken", r"ValueError: no disk \(test_cli_loading.py, line \d+\)"),
+        (f"{HERE}:own_loss", "missing 2 required positional arguments: 'output' and 'target'$"),
         ("not_there:loader", "No module named 'not_there'"),
     ],
 )

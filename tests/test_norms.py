@@ -16,7 +16,7 @@ from cgmq_fx.history import StepRecord
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.freeze import set_bits
 from cgmq_fx.passes.grid import PASS_THROUGH
-from cgmq_fx.passes.norms import NORMS, normalised_weights, normalisers
+from cgmq_fx.passes.norms import NORMS, normalised_weights, normalisers, own_norms
 from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer
 from cgmq_fx.training import default_optimizer, parameter_groups
 
@@ -311,3 +311,12 @@ def test_weights_before_a_norm_move_faster_where_batches_are_large(count: int, f
     for name in weights:
         assert rates[own[name]] == pytest.approx(factor * slow[plain[name]])
     assert rates[own["9.weight"]] == slow[plain["9.weight"]]
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_shared_norm_that_cannot_be_folded_is_named(behind: bool) -> None:
+    layer, norm = nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4 if behind else 3)
+    model = nn.Sequential(*([layer, norm] if behind else [norm, nn.ReLU(), layer]))
+    made = cgmq_fx.prepare(seen(model), "bops <= 90%", torch.rand(BATCH, 3, 8, 8))
+    assert [owner.shared for _, owner in normalisers(made.model)] == [True] * behind
+    assert own_norms(made.model) == ([] if behind else ["batch_norm"])
