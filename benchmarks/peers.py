@@ -93,6 +93,9 @@ _LAYERS: dict[str, Callable[[nn.Conv2d | nn.Linear], nn.Module]] = {
     "brevitas": _brevitas,
 }
 PEERS = (*_LAYERS, "torchao")
+COMPILING = ("aten", "composite")
+"""Peers that `torch.compile` takes; with PyTorch 2.13 it failed at Brevitas 0.13 (a convolution of
+its tensors) and at torchao 0.18 (an observer per channel)."""
 
 
 def installed(peer: str) -> bool:

@@ -32,7 +32,7 @@ from benchmarks.kernel_forms import (
     traffic,
 )
 from benchmarks.peak_memory import peak_of
-from benchmarks.peers import PEERS, converted, installed
+from benchmarks.peers import COMPILING, PEERS, converted, installed
 from benchmarks.step_nets import NETS
 
 _ELEMENTS = 2_400_000
@@ -128,19 +128,22 @@ def step(rounds: int) -> Table:
 
 
 def compiled(rounds: int) -> Table:
-    """The training step of ResNet-20 through `torch.compile`, as a multiple of the float one's."""
+    """Training steps of ResNet-20 through `torch.compile`, as multiples of the float one."""
     make, shape = NETS["ResNet-20"]
     torch.manual_seed(0)
     model, batch = make().train(), batch_of(shape)
     run = prepared(model, shape)
-    work = {
-        "float": stepping(cast(nn.Module, torch.compile(model)), batch),
-        "ours": stepping(cast(nn.Module, torch.compile(run.model)), batch, run.step),
+    others = {peer: converted(model, peer, batch[0]) for peer in COMPILING}
+    models = {
+        name: cast(nn.Module, torch.compile(made))
+        for name, made in {"float": model, "ours": run.model, **others}.items()
     }
+    work = {name: stepping(made, batch) for name, made in models.items()}
+    work["ours"] = stepping(models["ours"], batch, run.step)
     found = medians(work, rounds)
-    table = Table("compiled step", "float", "ours", title="Compiled step, float step = 1")
-    ratio = found["ours"] / found["float"]
-    table.add_row("ResNet-20", f"{found['float'] * 1e3:.0f} ms", f"{ratio:.2f}")
+    table = Table("compiled step", *found, title="Compiled step, float step = 1")
+    cells = [f"{found[name] / found['float']:.2f}" for name in list(found)[1:]]
+    table.add_row("ResNet-20", f"{found['float'] * 1e3:.0f} ms", *cells)
     return table
 
 

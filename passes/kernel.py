@@ -46,14 +46,19 @@ class Statistic(IntEnum):
         return (0, 1, 3)[self]
 
 
+_LAYOUTS = (torch.Tag.flexible_layout,)
+"""Compiled, the ops are given tensors in the order in which the convolutions have them."""
+
 _LIBRARY = torch.library.Library("cgmq_fx", "FRAGMENT")  # its wrappers cost less than custom_op's
 _LIBRARY.define(
     "fake_quantize(Tensor x, Tensor limit, Tensor bits, Tensor? adjacent, Tensor? probe, "
-    "bool signed, bool batched, int statistic) -> Tensor"
+    "bool signed, bool batched, int statistic) -> Tensor",
+    tags=_LAYOUTS,
 )
 _LIBRARY.define(
     "fake_quantize_backward(Tensor grad, Tensor x, Tensor limit, Tensor bits, Tensor? adjacent, "
-    "bool signed, bool batched, int statistic) -> (Tensor, Tensor, Tensor)"
+    "bool signed, bool batched, int statistic) -> (Tensor, Tensor, Tensor)",
+    tags=_LAYOUTS,
 )
 fake_quantize: Any = torch.ops.cgmq_fx.fake_quantize.default
 fake_quantize_backward: Any = torch.ops.cgmq_fx.fake_quantize_backward.default

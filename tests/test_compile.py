@@ -1,6 +1,9 @@
 """Training through `torch.compile`: one graph, whatever the bits do."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 import cgmq_fx
 from benchmarks.resnet20 import ResNet20
+from cgmq_fx.passes import native
 
 
 def net() -> nn.Module:
@@ -67,3 +71,38 @@ def test_compiled_training_ends_like_any_other() -> None:
     assert values[0] == values[1]
     inputs = DATA[0][0]
     torch.testing.assert_close(*(r.model(inputs) for r in results), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None or not torch.backends.mkldnn.is_available(),
+    reason="the compiler of PyTorch needs one for C++, and its convolutions oneDNN",
+)
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # of PyTorch's own
+def test_compiled_convolutions_and_quantizers_agree_about_the_layout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # not what is from other code
+    seen: list[tuple[str, Tensor]] = []
+
+    def watched(name: str) -> Callable[..., Any]:
+        original = getattr(native, name)
+
+        def call(*args: Any) -> Any:
+            seen.extend((name, t) for t in args[:2] if isinstance(t, Tensor) and t.dim() == 4)
+            return original(*args)
+
+        return call
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(native, name, watched(name))
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)]
+    images = torch.rand(4, 8, 12, 12)
+    run = cgmq_fx.prepare(nn.Sequential(*layers), "bops <= 2%", images, search_steps=80)
+    run.calibrate([(images, images)])
+    seen.clear()
+    torch.compile(run.model)(images.clone().requires_grad_()).square().sum().backward()
+    between = [(name, t) for name, t in seen if t.shape[0] == 4 and t.shape[-1] < 12]
+    assert {name for name, _ in between} == {"forward", "backward"}
+    last = torch.channels_last
+    assert all(t.is_contiguous(memory_format=last) for _, t in between), "copied to and fro"
