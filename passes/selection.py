@@ -44,7 +44,8 @@ class Selection:
         graph: The graph, quantizers in it or not.
 
     Raises:
-        OptionError: If a pattern matches no layer, or nothing is left to be quantized.
+        OptionError: If a pattern matches no layer, a pattern of `layers` none that is quantized, or
+            nothing is left to be quantized.
     """
 
     def __init__(self, scheme: Scheme, graph: Graph) -> None:
@@ -56,6 +57,12 @@ class Selection:
         _check("layers", [pattern for pattern, _ in scheme.layer_widths], layers, others)
         if layers and all(map(self.skips, layers)):
             raise OptionError("skip and only leave nothing to quantize")
+        for pattern, _ in scheme.layer_widths:
+            if all(self.skips(node) for node in (*layers, *others) if matches(pattern, node)):
+                raise OptionError(
+                    f"{pattern!r} in layers gives bit-widths to layers that skip, or only, leaves "
+                    "in float; take it out of one of them"
+                )
 
     def skips(self, node: Node) -> bool:
         """Whether a node is to stay in float."""

@@ -192,6 +192,7 @@ def test_mistakes_are_one_short_paragraph(
     assert len(paragraphs[-1]) <= 80 * MOST_LINES
     assert said.startswith(("error: ", "Usage: "))
     assert len(paragraphs) == (1 if said.startswith("error: ") else 2)
+    assert not [path for path in tmp_path.rglob("*") if path.is_dir()], "an empty folder is left"
 
 
 def test_every_command_is_used_wrongly() -> None:

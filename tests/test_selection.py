@@ -132,6 +132,8 @@ def test_a_result_with_skipped_layers_survives_a_file(tmp_path: Any) -> None:
         ({"skip": "classifier"}, r"'classifier' in skip matches no layer.*encoder\.0, encoder\.2"),
         ({"only": ["head", "Conv3d"]}, r"'Conv3d' in only matches no layer"),
         ({"layers": {"tail.*": 8}}, r"'tail\.\*' in layers matches no layer"),
+        ({"layers": {"head": 8}, "skip": "head"}, r"'head' in layers .* skip, or only, leaves"),
+        ({"layers": {"head": 8}, "only": "encoder.*"}, r"'head' in layers .* skip, or only"),
         ({"skip": "*"}, "skip and only leave nothing to quantize"),
         ({"only": "head", "skip": "head"}, "skip and only leave nothing to quantize"),
         ({"layers": {"head": (5, 4)}}, r"layers\['head'\] must be ascending"),

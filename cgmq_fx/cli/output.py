@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,18 +15,30 @@ if TYPE_CHECKING:
     from cgmq_fx.result import Result
 
 
-def prepare_folder(folder: Path) -> None:
+@contextmanager
+def folder_for_results(folder: Path) -> Iterator[None]:
     """Make a folder that can be written to, before hours of training.
+
+    If what follows fails, a folder that was not there before is gone again, unless it holds
+    something.
 
     Raises:
         OptionError: If that is not possible.
     """
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OptionError(f"the folder {folder} cannot be made: {error.strerror}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OptionError(f"the folder {folder} cannot be written to")
+    try:
+        yield
+    except BaseException:
+        if new:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+        raise
 
 
 def write_result(result: Result, folder: Path) -> list[Path]:

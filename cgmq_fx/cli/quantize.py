@@ -11,7 +11,7 @@ import click
 from cgmq_fx.cli import options
 from cgmq_fx.cli.common import reported
 from cgmq_fx.cli.loading import load_model
-from cgmq_fx.cli.output import prepare_folder, write_result
+from cgmq_fx.cli.output import folder_for_results, write_result
 
 
 @click.command("quantize", short_help="Quantize a model under a budget.")
@@ -70,22 +70,22 @@ def command(
     from cgmq_fx.driver import quantize
 
     arguments = options.arguments_of(**chosen)
-    prepare_folder(out)
-    try:
-        result = quantize(
-            load_model(model, state),
-            budget,
-            progress=not quiet,
-            checkpoint=checkpoint,
-            callbacks=[Writable()],
-            **arguments,
-        )
-    except CgmqError as error:
-        if error.result is not None:
-            written = ", ".join(map(str, write_result(error.result, out)))
-            click.echo(f"what had been reached is within the budget: wrote {written}", err=True)
-        raise
-    files = write_result(result, out)
+    with folder_for_results(out):
+        try:
+            result = quantize(
+                load_model(model, state),
+                budget,
+                progress=not quiet,
+                checkpoint=checkpoint,
+                callbacks=[Writable()],
+                **arguments,
+            )
+        except CgmqError as error:
+            if error.result is not None:
+                written = ", ".join(map(str, write_result(error.result, out)))
+                click.echo(f"what had been reached is within the budget: wrote {written}", err=True)
+            raise
+        files = write_result(result, out)
     if as_json:
         click.echo(json.dumps(result.report(), indent=1))
     elif not quiet:

@@ -11,7 +11,7 @@ import click
 from cgmq_fx.cli import options
 from cgmq_fx.cli.common import reported
 from cgmq_fx.cli.loading import load_model
-from cgmq_fx.cli.output import prepare_folder
+from cgmq_fx.cli.output import folder_for_results
 
 
 @click.command("sweep", short_help="Quantize under many budgets: a Pareto front.")
@@ -61,15 +61,15 @@ def command(
     from cgmq_fx.sweeping import sweep
 
     arguments = options.arguments_of(**chosen)
-    prepare_folder(out)
-    found = sweep(
-        load_model(model, state),
-        budgets,
-        progress=not quiet,
-        folder=out,
-        jobs=jobs,
-        **arguments,
-    )
+    with folder_for_results(out):
+        found = sweep(
+            load_model(model, state),
+            budgets,
+            progress=not quiet,
+            folder=out,
+            jobs=jobs,
+            **arguments,
+        )
     if as_json:
         click.echo(json.dumps(found.rows(), indent=1))
     elif not quiet:
