@@ -16,7 +16,7 @@ from cgmq_fx import InfeasibleBudgetError, OptionError, StoppedError, TrainingEr
 from cgmq_fx.cli import mnist as mnist_module
 from cgmq_fx.cli.common import reported
 from cgmq_fx.cli.loading import load_data, load_loss, load_model
-from cgmq_fx.cli.output import prepare_folder
+from cgmq_fx.cli.output import folder_for_results
 from tests.nets import small_classifier
 
 BATCHES = [(torch.zeros(2, 3), torch.zeros(2))]
@@ -124,8 +124,26 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OptionError, match="cannot be made"):
-        prepare_folder(tmp_path / "file" / "folder")
+    with (
+        pytest.raises(OptionError, match="cannot be made"),
+        folder_for_results(tmp_path / "file" / "folder"),
+    ):
+        pytest.fail("went on without the folder")
+
+
+def test_a_folder_is_kept_if_it_was_there_or_holds_something(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for folder in (tmp_path / "old", tmp_path / "used", tmp_path / "new"):
+
+        def write(folder: Path = folder) -> None:
+            with folder_for_results(folder):
+                if folder.name == "used":
+                    (folder / "point.json").touch()
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    assert {path.name for path in tmp_path.iterdir()} == {"old", "used"}
 
 
 @pytest.mark.parametrize(
