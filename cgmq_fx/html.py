@@ -15,7 +15,7 @@ from markupsafe import Markup
 from cgmq_fx.cost_models.errors import OptionError
 from cgmq_fx.drawing import draw
 from cgmq_fx.palette import STOPS, color_of
-from cgmq_fx.report import as_dict, mean_bits, other_quantizers
+from cgmq_fx.report import as_dict, factors, mean_bits, other_quantizers
 from cgmq_fx.requirements import own_version
 from cgmq_fx.result import Result
 
@@ -32,7 +32,7 @@ class _Row:
     output: str
     weight_bits: float
     weight_range: tuple[float, float] | None
-    activation_bits: float
+    activation_bits: float | None
     activation_range: tuple[float, float] | None
     macs: int
     shares: tuple[float, ...]
@@ -84,10 +84,10 @@ def _rows(result: Result, ranges: dict[str, tuple[float, float]]) -> list[_Row]:
     costs = [result.cost.per_node[i] for i in sums]
     totals = [sum(own) or 1.0 for own in costs]
     rows = []
-    for index, node in enumerate(result.cost.nodes):
-        if not node.operands:
+    for index, (node, found) in enumerate(zip(result.cost.nodes, factors(result), strict=True)):
+        if found is None:
             continue
-        weight, activation = node.operands
+        weight, activation = found
         rows.append(
             _Row(
                 node.module or node.name,
@@ -95,8 +95,8 @@ def _rows(result: Result, ranges: dict[str, tuple[float, float]]) -> list[_Row]:
                 "x".join(map(str, node.output_shape[1:] or node.output_shape)),
                 mean_bits(result, weight),
                 ranges.get(weight.quantizer or ""),
-                mean_bits(result, activation),
-                ranges.get(activation.quantizer or ""),
+                None if activation is None else mean_bits(result, activation),
+                None if activation is None else ranges.get(activation.quantizer or ""),
                 node.macs,
                 tuple(own[index] / total for own, total in zip(costs, totals, strict=True)),
             )

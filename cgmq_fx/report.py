@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cgmq_fx.cost_models import FLOAT_BITS, ConstraintState, NodeFacts, Operand
+from cgmq_fx.cost_models import FLOAT_BITS, ConstraintState, NodeFacts, Operand, Role
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.result import Result
@@ -39,14 +39,15 @@ def as_dict(result: Result) -> dict[str, Any]:
                 "module": node.module,
                 "output_shape": list(node.output_shape),
                 "macs": node.macs,
-                "weight_bits": _bits_of(result, node, 0),
-                "activation_bits": _bits_of(result, node, 1),
+                "weight_bits": _bits_of(result, weight),
+                "activation_bits": _bits_of(result, activation),
                 "costs": {
                     str(state.constraint): costs[index]
                     for state, costs in zip(report.states, report.per_node, strict=True)
                 },
             }
-            for index, node in enumerate(report.nodes)
+            for index, (node, found) in enumerate(zip(report.nodes, factors(result), strict=True))
+            for weight, activation in [found or (None, None)]
         ],
         "quantizers": [_quantizer(result, name) for name in report.facts.quantizers],
         "rounded_up": list(result.cost.rounded_up()),
@@ -59,7 +60,7 @@ def as_dict(result: Result) -> dict[str, Any]:
 
 
 def rows(result: Result) -> list[dict[str, Any]]:
-    """A flat row per compute node; costs in columns called as their constraints are."""
+    """A flat row per layer; costs in columns called as their constraints are."""
     nodes: list[dict[str, Any]] = as_dict(result)["nodes"]
     return [
         {
@@ -73,7 +74,7 @@ def rows(result: Result) -> list[dict[str, Any]]:
 
 
 def render(result: Result) -> str:
-    """The result as text: the compute nodes, the other quantizers, then the constraints.
+    """The result as text: the layers, the other quantizers, then the constraints.
 
     It is as wide as the terminal, from 80 columns on: where that is narrow, ranges and other
     details are left out. Numbers are never cut off.
@@ -86,7 +87,7 @@ def render(result: Result) -> str:
 
 
 def _node_table(result: Result, details: Sequence[str]) -> Table:
-    """A row per compute node, with its share of every cost that is a sum over nodes."""
+    """A row per layer, with its share of every cost that is a sum over nodes."""
     report = result.cost
     table = titled(f"Quantized under {result.budget}")
     shown = [c for c in _COLUMNS if c not in _DETAILS or c in details]
@@ -102,17 +103,38 @@ def _node_table(result: Result, details: Sequence[str]) -> Table:
         name = report.states[index].constraint.name
         table.add_column(escape(f"of {name}"), justify="right")
     totals = {index: sum(report.per_node[index]) or 1.0 for index in sums}
-    for row, node in enumerate(report.nodes):
-        if node.operands:
+    for row, (node, found) in enumerate(zip(report.nodes, factors(result), strict=True)):
+        if found is not None:
             shares = [f"{report.per_node[i][row] / totals[i]:.1%}" for i in sums]
-            cells = dict(zip(_COLUMNS, _row(result, node), strict=True))
+            cells = dict(zip(_COLUMNS, _row(result, node, *found), strict=True))
             table.add_row(*(escape(cells[c]) for c in shown), *shares)
     return table
 
 
+def factors(result: Result) -> list[tuple[Operand, Operand | None] | None]:
+    """What every node of the report has bits of: its weight and its activation.
+
+    Of a table that is only looked up, there is no activation. None for nodes that are no layers.
+    """
+    nodes = result.cost.nodes
+    multiplied = {operand.quantizer for node in nodes for operand in node.operands}
+    found: list[tuple[Operand, Operand | None] | None] = []
+    for node in nodes:
+        tables = [s for s in node.stored if s.quantizer and s.quantizer not in multiplied]
+        if node.operands:
+            weight, activation = node.operands
+            found.append((weight, activation))
+        elif tables:
+            found.append((Operand(Role.WEIGHT, tables[0].elements, tables[0].quantizer), None))
+        else:
+            found.append(None)
+    return found
+
+
 def other_quantizers(result: Result) -> list[str]:
-    """Quantizers that no product reads: operands of residual adds, for example."""
-    read = {o.quantizer for node in result.cost.nodes for o in node.operands}
+    """Quantizers that no layer reads: operands of residual adds, for example."""
+    layers = [found for found in factors(result) if found is not None]
+    read = {o.quantizer for pair in layers for o in pair if o is not None}
     return [name for name in result.cost.facts.quantizers if name not in read]
 
 
@@ -137,8 +159,7 @@ def _footer(result: Result) -> list[str]:
     return [*lines, f"({result.cost.convention})"]
 
 
-def _row(result: Result, node: NodeFacts) -> list[str]:
-    weight, activation = node.operands
+def _row(result: Result, node: NodeFacts, weight: Operand, activation: Operand | None) -> list[str]:
     return [
         node.module or node.name,
         node.op.removeprefix("aten.").removesuffix(".default"),
@@ -151,7 +172,9 @@ def _row(result: Result, node: NodeFacts) -> list[str]:
     ]
 
 
-def _bits_text(result: Result, operand: Operand) -> str:
+def _bits_text(result: Result, operand: Operand | None) -> str:
+    if operand is None:
+        return "-"
     if operand.quantizer is None:
         return str(FLOAT_BITS)
     bits = result.cost.assignment[operand.quantizer]
@@ -159,8 +182,8 @@ def _bits_text(result: Result, operand: Operand) -> str:
     return str(low) if low == high else f"{low}-{high} ({bits.mean():.2f})"
 
 
-def _range_text(result: Result, operand: Operand) -> str:
-    if operand.quantizer is None:
+def _range_text(result: Result, operand: Operand | None) -> str:
+    if operand is None or operand.quantizer is None:
         return "-"
     limits = quantizer_of(result, operand.quantizer).limit.detach()
     low, high = float(limits.min()), float(limits.max())
@@ -173,8 +196,8 @@ def mean_bits(result: Result, operand: Operand) -> float:
     return float(FLOAT_BITS) if name is None else float(result.cost.assignment[name].mean())
 
 
-def _bits_of(result: Result, node: NodeFacts, index: int) -> float | None:
-    return mean_bits(result, node.operands[index]) if node.operands else None
+def _bits_of(result: Result, operand: Operand | None) -> float | None:
+    return None if operand is None else mean_bits(result, operand)
 
 
 def _quantizer(result: Result, name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ granularity it multiplies a mixture, and a cost is the mean over the elements th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeAlias, overload
 
@@ -97,6 +97,19 @@ def graph_bits(graph: GraphFacts, assignment: Assignment) -> GraphBits:
     nodes = [node_bits(node, assignment) for node in graph.nodes]
     tensors = [tensor_bits(tensor, assignment) for tensor in graph.tensors]
     return GraphBits(nodes, np.array(tensors, dtype=np.int64))
+
+
+def reference_bits(graph: GraphFacts, bits: int) -> GraphBits:
+    """The bits of `graph` with every quantizer at `bits`, and without copies in another form."""
+    assignment = dict.fromkeys(graph.quantizers, np.array([bits]))
+    single = [
+        replace(node, stored=tuple(s for s in node.stored if not s.copy))
+        if any(s.copy for s in node.stored)
+        else node
+        for node in graph.nodes
+    ]
+    tensors = [0 if t.copy else tensor_bits(t, assignment) for t in graph.tensors]
+    return GraphBits([node_bits(n, assignment) for n in single], np.array(tensors, dtype=np.int64))
 
 
 def tensor_bits(tensor: TensorFacts, assignment: Assignment) -> int:

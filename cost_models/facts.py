@@ -79,6 +79,8 @@ class Stored:
         quantizer: Name of the quantizer that sets its bits, or None.
         bits: Bits per element where there is no quantizer.
         pruning: The channels along which the tensor gets shorter, one slice per channel, or None.
+        copy: Whether it is kept besides another form of the same tensor: what relative bounds refer
+            to has one form.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Stored:
     quantizer: str | None = None
     bits: int = FLOAT_BITS
     pruning: Pruning | None = None
+    copy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,7 @@ class TensorFacts:
         last: The last step that reads it; network outputs are kept to the last step.
         quantizer: Name of the quantizer whose grid it is on, or None for float.
         bits: Bits per element where there is no quantizer.
+        copy: Whether it is kept besides the same tensor in float.
     """
 
     name: str
@@ -142,6 +146,7 @@ class TensorFacts:
     last: int
     quantizer: str | None = None
     bits: int = FLOAT_BITS
+    copy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +216,12 @@ class GraphFacts:
     def memo(self) -> dict[Hashable, Any]:
         """What follows from these facts alone, kept by what computes it."""
         return {}
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether a tensor is kept in two forms, rounded and in float."""
+        stored = (s.copy for node in self.nodes for s in node.stored)
+        return any(stored) or any(t.copy for t in self.tensors)
 
     @property
     def remarks(self) -> tuple[str, ...]:

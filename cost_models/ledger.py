@@ -21,6 +21,7 @@ from cgmq_fx.cost_models.bits import (
     NodeBits,
     graph_bits,
     node_bits,
+    reference_bits,
     tensor_bits,
 )
 from cgmq_fx.cost_models.constraint import Budget, Constraint, ConstraintState
@@ -271,10 +272,10 @@ class Ledger:
         return model.graph_cost(self.graph, state)
 
     def _uniform(self, bits: int) -> GraphBits:
-        """The state with every quantizer at `bits`: one gate each says that as well as many."""
+        """The state with every quantizer at `bits`, see `reference_bits`."""
         found: GraphBits | None = self.graph.memo.get(("uniform", bits))
         if found is None:
-            found = graph_bits(self.graph, dict.fromkeys(self.graph.quantizers, np.array([bits])))
+            found = reference_bits(self.graph, bits)
             self.graph.memo["uniform", bits] = found
         return found
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
-from torch import nn
+from torch import SymInt, nn
 from torch.fx import GraphModule, Node
 
 from cgmq_fx.cost_models.facts import (
@@ -35,6 +35,7 @@ from cgmq_fx.passes.state import (
     reachable_from_inputs,
     shape_of,
     tensor_at,
+    value_of,
 )
 from cgmq_fx.passes.tracing import assumptions
 
@@ -100,9 +101,9 @@ def _stored(module: GraphModule) -> dict[Node, list[Stored]]:
         tensor = tensor_at(module, node.target) if node.op == "get_attr" else None
         if tensor is None or str(node.target).startswith(_OWN):
             continue
-        for path in _copies(module, node, known=id(tensor) in seen):
+        for path, copy in _forms(module, node, known=id(tensor) in seen):
             reader, quantizer, bits = _first_use(module, path, bits_of(tensor))
-            row = Stored(str(node.target), tensor.numel(), quantizer, bits)
+            row = Stored(str(node.target), tensor.numel(), quantizer, bits, copy=copy)
             result.setdefault(reader, []).append(row)
         seen.add(id(tensor))
     for node in module.graph.nodes:
@@ -115,15 +116,26 @@ def _stored(module: GraphModule) -> dict[Node, list[Stored]]:
     return result
 
 
-def _copies(module: GraphModule, node: Node, known: bool) -> list[Node]:
-    """The first readers of what is stored of a tensor; `node` itself if nothing reads it.
+def _forms(module: GraphModule, node: Node, known: bool) -> list[tuple[Node, bool]]:
+    """The forms in which a tensor is stored: the first reader of each, and whether it is a copy.
 
-    A bias is stored once for every grid that it is rounded to, and once as it is, if anything reads
-    it so and no node before did (`known`).
+    A weight is stored on its grid, and in float as well if a layer that is not quantized reads it,
+    too; a bias once for every grid that it is rounded to, and in float if anything reads it so and
+    no node before did (`known`). What nothing reads is stored as it is.
     """
-    rounded = [u for u in node.users if isinstance(_called(module, u), BiasQuantizer)]
-    others = [] if known else [u for u in node.users if u not in rounded] or [node] * (not rounded)
-    return sorted([*rounded, *sorted(others)[:1]])
+    readers = [u for u in node.users if not isinstance(value_of(u), int | SymInt)]
+    biases = sorted(u for u in readers if isinstance(_called(module, u), BiasQuantizer))
+    if known:
+        return [(reader, True) for reader in biases]
+    weights = [u for u in readers if _rounds(module, u)]
+    plain = sorted(u for u in readers if u not in biases and u not in weights)[:1]
+    forms = [*plain, *weights, *biases] or [node]
+    return sorted((reader, bool(plain) and reader in weights) for reader in forms)
+
+
+def _rounds(module: GraphModule, node: Node) -> bool:
+    owner = _called(module, node)
+    return isinstance(owner, Quantizer) and not owner.passes_all
 
 
 def _called(module: GraphModule, node: Node) -> nn.Module | None:

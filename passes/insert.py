@@ -13,11 +13,12 @@ from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.aliases import last_write
 from cgmq_fx.passes.infra import Pass, PassResult, place
 from cgmq_fx.passes.meeting import channel_axis, gate_shape, weight_axis
-from cgmq_fx.passes.oplists import AVERAGES, BINARY, INTEGER
+from cgmq_fx.passes.oplists import AVERAGES, BINARY, INTEGER, LOOKUPS
 from cgmq_fx.passes.optable import (
     ComputeOp,
     argument,
     compute_op,
+    set_argument,
 )
 from cgmq_fx.passes.quantizer import Quantizer, QuantizerSpec
 from cgmq_fx.passes.scheme import Scheme
@@ -33,6 +34,8 @@ from cgmq_fx.passes.state import (
 )
 
 QUANTIZERS = "cgmq_quantizers"
+_ROWS = 0
+"""The axis of a table that what is looked up runs along."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +126,22 @@ def _outputs(module: GraphModule, live: set[Node]) -> Iterator[_Place]:
             yield _Place(view_root(node), Role.ACTIVATION, output, None)
 
 
+def _tables(module: GraphModule, live: set[Node]) -> Iterator[_Place]:
+    """Tables that are looked up, not yet on a grid; not those that the model writes into."""
+    for node in module.graph.nodes:
+        table = argument(node, "weight") if node.target in LOOKUPS else None
+        if table is None or table in live or not is_float(table):
+            continue
+        if last_write(table) is None and quantizer_of(module, table) is None:
+            yield _Place(view_root(table), Role.WEIGHT, node, None)
+
+
 def _spec(scheme: Scheme, places: list[_Place], batched: bool) -> QuantizerSpec:
     first, shape = places[0], shape_of(places[0].node) or ()
     if first.role is Role.WEIGHT:
-        axes = {weight_axis(p.reader, p.op) if p.op else None for p in places}
+        axes = {weight_axis(p.reader, p.op) if p.op else _ROWS for p in places}
         axis = axes.pop() if len(axes) == 1 else None
-        gates = gate_shape(scheme.weights, shape, axis)
+        gates = gate_shape("tensor" if first.op is None else scheme.weights, shape, axis)
         ranges = gate_shape(scheme.weight_ranges, shape, axis)
         return QuantizerSpec(
             first.role, True, scheme.bit_widths, gates, ranges, power_of_two=scheme.power_of_two
@@ -180,6 +193,8 @@ def _insert(module: GraphModule, node: Node, path: str, selection: Selection) ->
         skipped = compute_op(user) is not None and selection.skips(user)
         if user is not call and late and not skipped and not _reads_size_only(user):
             user.replace_input_with(node, call)
+            if user.target in LOOKUPS and argument(user, "sparse", False):
+                set_argument(user, "sparse", False)  # rounding has a gradient in every row
 
 
 def _first_reader(node: Node, written: Node | None) -> Node:
@@ -238,6 +253,7 @@ class InsertQuantizers(Pass):
             self._insert_all(
                 module, selection, _outputs(module, reachable_from_inputs(module.graph))
             )
+        self._insert_all(module, selection, _tables(module, reachable_from_inputs(module.graph)))
         self._insert_all(module, selection, _links(module, reachable_from_inputs(module.graph)))
         return PassResult(module, modified=True)
 

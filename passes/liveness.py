@@ -2,7 +2,8 @@
 
 Steps are the ops that write a tensor of their own, in the order of the graph. Views are not tensors
 of their own; neither are element-wise ops on a tensor that nobody else reads (runtimes fuse them or
-work in place), nor quantizers. Asking for a size is not reading.
+work in place), nor quantizers, unless a layer that is not quantized reads the tensor as it was.
+Asking for a size is not reading.
 
 A tensor has the bits of its quantizer; one that only reaches quantizers through ops that keep a
 grid (max-pool before the quantizer, say) has theirs, because a runtime quantizes before such ops.
@@ -12,10 +13,11 @@ from __future__ import annotations
 
 from math import prod
 
-from torch import SymInt
+from torch import SymInt, nn
 from torch.fx import GraphModule, Node
 
 from cgmq_fx.cost_models.facts import FLOAT_BITS, TensorFacts
+from cgmq_fx.passes.aliases import last_write
 from cgmq_fx.passes.oplists import IN_PLACE, JOINS
 from cgmq_fx.passes.optable import is_view, preserves_grid
 from cgmq_fx.passes.quantizer import Quantizer
@@ -49,6 +51,7 @@ def liveness(module: GraphModule, live: set[Node], batch: int) -> tuple[TensorFa
             last=min(_last_use(nodes, storage, steps), len(steps) - 1),
             quantizer=widths.get(root),
             bits=_bits(root),
+            copy=_is_quantizer(module, root),
         )
         for root, nodes in members.items()
     )
@@ -74,8 +77,18 @@ def _shares(module: GraphModule, node: Node, source: Node, storage: dict[Node, N
     if is_view(node):
         return shape_of(node) is None or _size(node) == _size(source)
     if node.op == "call_module":
-        return isinstance(module.get_submodule(str(node.target)), Quantizer)
+        return _is_quantizer(module, node) and not (
+            _rounds(module, node) and _read_in_float(module, node, source)
+        )
     return node.target in IN_PLACE and _size(node) == _size(source) and _unread(source, storage)
+
+
+def _read_in_float(module: GraphModule, quantized: Node, source: Node) -> bool:
+    """Whether a node reads what is rounded as it was before: a skipped layer."""
+    written = last_write(source)
+    readers = [u for u in _data_users(source) if u is not quantized and u is not written]
+    late = [u for u in readers if written is None or written < u]
+    return any(not _rounds(module, user) for user in late)
 
 
 def _unread(node: Node, storage: dict[Node, Node]) -> bool:
@@ -159,6 +172,13 @@ def _passed_on(user: Node, root_of: dict[Node, Node], found: dict[Node, str]) ->
 
 
 def _is_quantizer(module: GraphModule, node: Node) -> bool:
-    return node.op == "call_module" and isinstance(
-        module.get_submodule(str(node.target)), Quantizer
-    )
+    return node.op == "call_module" and isinstance(_owner(module, node), Quantizer)
+
+
+def _rounds(module: GraphModule, node: Node) -> bool:
+    owner = _owner(module, node) if node.op == "call_module" else None
+    return isinstance(owner, Quantizer) and not owner.passes_all
+
+
+def _owner(module: GraphModule, node: Node) -> nn.Module:
+    return module.get_submodule(str(node.target))

@@ -56,6 +56,9 @@ NON_NEGATIVE_IF_INPUTS = GRID_PRESERVING | overloads(
 JOINS = overloads("cat concat stack")
 """Ops that put tensors side by side: a grid of the output is a grid of every input."""
 
+LOOKUPS = overloads("embedding")
+"""Ops whose output is rows of a table, their weight."""
+
 BINARY = overloads("add sub mul maximum minimum")
 """Element-wise ops that an integer runtime executes on two quantized operands."""
 

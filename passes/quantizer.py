@@ -87,6 +87,11 @@ class Quantizer(nn.Module):
             return limit
         return power_of_two_range(limit, self.bits, self.signed)
 
+    @property
+    def passes_all(self) -> bool:
+        """Whether it never rounds: 32 bits are all that its gates may take."""
+        return self.spec.bit_widths == (PASS_THROUGH,)
+
     def forward(self, x: Tensor) -> Tensor:
         """The rounded tensor, of the same shape and dtype."""
         limit, bits, compiling = self.limit, self.bits, torch.compiler.is_compiling()

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from cgmq_fx.cost_models.errors import OptionError
 from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.infra import module_path
-from cgmq_fx.passes.oplists import AVERAGES, BINARY
+from cgmq_fx.passes.oplists import AVERAGES, BINARY, LOOKUPS
 from cgmq_fx.passes.optable import compute_op
 from cgmq_fx.passes.scheme import Scheme
 
@@ -102,7 +102,7 @@ class Selection:
         return scheme
 
 
-_LINKS = BINARY | AVERAGES
+_LINKS = BINARY | AVERAGES | LOOKUPS
 
 
 def _check(name: str, patterns: Iterable[str], layers: list[Node], others: list[Node]) -> None:

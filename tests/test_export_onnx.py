@@ -90,7 +90,7 @@ def kinds_of(path: Path, ending: str) -> list[str]:
     [
         ("mlp", "w8", ["uint8"] * 3),
         ("mlp", "w2", ["int8"] * 3),
-        ("transformer", "w8", ["uint8"] * 5),
+        ("transformer", "w8", ["int8"] + ["uint8"] * 5),  # its table is multiplied with nothing
         ("mlp", "w16", ["int16"] * 3),
     ],
 )

@@ -118,7 +118,11 @@ def manifest_of(result: Result) -> Manifest:
     layers = layer_names(result.cost.facts) if parts else ()
     budget = result.budget
     own = count(result.model, result.inputs, budget.with_references({})).references
-    known = {k: v for k, v in budget.references.items() if not isclose(v, own[k], rel_tol=1e-9)}
+    known = {
+        base: reference
+        for base, reference in budget.references.items()
+        if result.cost.facts.has_copies or not isclose(reference, own[base], rel_tol=1e-9)
+    }
     return Manifest(result.inputs.batch or 1, str(budget), layouts, layers, known)
 
 

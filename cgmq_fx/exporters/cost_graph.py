@@ -62,8 +62,8 @@ class Manifest:
         budget: The budget that it was made for, as text.
         layouts: For every quantizer, how its bits are meant to be read.
         layers: The layers by name, where the budget bounds some of them.
-        references: What relative bounds refer to, by `Constraint.base`, where it is more than the
-            network in the file costs: channels of it were removed.
+        references: What relative bounds refer to, by `Constraint.base`, where that is not what the
+            network in the file costs: channels of it were removed, or a tensor is in it twice.
     """
 
     batch: int = 2
@@ -333,7 +333,7 @@ class CostGraph:
                     role = Role.ACTIVATION if live else Role.WEIGHT
                     with self._graph.inserting_after(factor):
                         marked = self._quantized(
-                            factor, np.array(PASS_THROUGH), Layout(), role, signed=True
+                            factor, np.array(PASS_THROUGH), Layout(()), role, signed=True
                         )
                     set_argument(node, name, marked)
 
