@@ -271,8 +271,8 @@ class Controller:
 
     def _prior(self) -> Tensor:
         """Sensitivities before the first backward pass: errors count relative to the values."""
-        power = torch.tensor([max(table.power, _TINY) for table in self._tables])
-        gates = torch.tensor([float(q.gates) for q in self.layout.quantizers])
+        power = torch.tensor([max(t.power, _TINY) for t in self._tables], dtype=torch.float32)
+        gates = torch.tensor([q.gates for q in self.layout.quantizers], dtype=torch.float32)
         return (1 / (power * gates))[self.layout.owner]
 
     def _reachable(self) -> Tensor:

@@ -88,7 +88,7 @@ def _completed(table: RangeTable, found: Mapping[int, float]) -> Tensor | None:
         like = found[known] * own / noise[known] if noise[known] else 0.0
         rows.append(found.get(level, like))
     # one batch may by chance have less error with fewer bits
-    return torch.tensor(rows).flip(0).cummax(0).values.flip(0)
+    return torch.tensor(rows, dtype=torch.float32).flip(0).cummax(0).values.flip(0)
 
 
 class _Meter:

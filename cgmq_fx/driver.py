@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from cgmq_fx.callbacks import Callback
 from cgmq_fx.checkpoint import Checkpoint
-from cgmq_fx.cost_models import BudgetLike, parse_budget
+from cgmq_fx.cost_models import BudgetLike, Ledger, highest_bits, parse_budget
 from cgmq_fx.cost_models.errors import (
     DataError,
     OptionError,
@@ -166,7 +166,9 @@ def quantize(
         listeners = [*callbacks, *([Progress()] if progress and is_first() else [])]
         run = Run(prepared, teacher, loss, metric, optimizer, steps, search, listeners, backend)
         if checkpoint is not None:
-            run.resume(checkpoint, identity, (data, val_data))
+            ledger = Ledger(prepared.facts, prepared.budget, highest_bits(prepared.facts))
+            costs = {"costs with the most bits": list(ledger.totals)}  # a model's arguments matter
+            run.resume(checkpoint, identity | costs, (data, val_data))
         result = run.train(data, val_data, epochs)
         return replace(result, warnings=(*result.warnings, *remarks))
 

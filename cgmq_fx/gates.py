@@ -81,7 +81,7 @@ class GateLayout:
             _rows(tables[q.name], q.gates) + start for q, start in zip(facts, first, strict=False)
         ]
         owner = torch.repeat_interleave(torch.arange(len(facts)), sizes)
-        per_gate = torch.tensor([q.elements / q.gates for q in facts])
+        per_gate = torch.tensor([q.elements / q.gates for q in facts], dtype=torch.float32)
         levels = torch.tensor([len(q.bit_widths) for q in facts])
         harm, share = torch.cat(noise), None
         if all(tables[q.name].distortion is not None for q in facts):

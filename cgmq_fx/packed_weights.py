@@ -128,7 +128,7 @@ def unpack_gates(
         room = _FLOOR + _MOST_PER_BYTE * tensors[name].numel()
         if min(shape, default=1) < 0 or prod(shape) > room:
             raise ArtifactError(f"{name} of shape {shape} is too large for its bytes")
-        restored[name] = torch.zeros(shape)
+        restored[name] = torch.zeros(shape, dtype=torch.float32)
         path = f"{entry['quantizer']}.bits"
         widths = torch.tensor(modules[entry["quantizer"]]["bit_widths"], dtype=torch.int32)
         gates = [int(size) for size in modules[entry["quantizer"]]["gate_shape"]]
@@ -212,7 +212,7 @@ def _pack(weight: Tensor, quantizer: Quantizer) -> Bytes:
 
 def _unpack(data: Bytes, quantizer: Quantizer, shape: tuple[int, ...], name: str) -> Tensor:
     step, low, _, bits = _grid_of(quantizer, shape)
-    values, start = torch.zeros(prod(shape)), 0
+    values, start = torch.zeros(prod(shape), dtype=torch.float32), 0
     for width in bits.unique().tolist():
         own = bits == width
         count = int(own.sum())

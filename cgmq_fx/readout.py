@@ -39,7 +39,7 @@ class Readout:
         self._probes: list[Tensor | None] = []
         self._known: list[Tensor] = []
         self._views: list[Tensor] = []
-        self._flat = self._order = torch.zeros(0)
+        self._flat = self._order = torch.zeros(0, dtype=torch.float32)
         self._version = 0
         self._copy: tuple[Tensor, torch.cuda.Event] | None = None
         self._bind()
@@ -91,7 +91,7 @@ class Readout:
         parts = []
         for quantizer, size in zip(self._quantizers, self._sizes, strict=True):
             grad = None if quantizer.probe is None else quantizer.probe.grad
-            empty = torch.zeros(self._rows, size)
+            empty = torch.zeros(self._rows, size, dtype=torch.float32)
             parts.append(empty if grad is None else grad.reshape(self._rows, -1).cpu().float())
         return torch.cat(parts, 1)
 
@@ -99,7 +99,7 @@ class Readout:
         refuse_sharded(q.log_range for q in self._quantizers)
         self._probes = [own["probe"] for own in self._buffers]
         self._known = [p for p in self._probes if p is not None]
-        like = self._known[0] if self._known else torch.zeros(())
+        like = self._known[0] if self._known else torch.zeros((), dtype=torch.float32)
         count = self._power.numel()
         self._flat = torch.zeros(count, dtype=like.dtype, device=like.device)
         self._power = self._power.to(self._flat)
@@ -134,7 +134,9 @@ def _powers(quantizers: Sequence[Quantizer], sizes: Sequence[int], statistic: St
         Shape (rows, gates).
     """
     power = [2.0 if q.spec.role is Role.ACTIVATION else 1.0 for q in quantizers]
-    per_gate = torch.repeat_interleave(torch.tensor(power), torch.tensor(sizes))
+    per_gate = torch.repeat_interleave(
+        torch.tensor(power, dtype=torch.float32), torch.tensor(sizes)
+    )
     powers = per_gate.repeat(statistic.rows, 1)
     if statistic is Statistic.MAGNITUDES:
         powers[1] = 1.0  # of the values themselves

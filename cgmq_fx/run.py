@@ -94,7 +94,7 @@ class Run:
         self.optimizer = made_by(optimizer, parameter_groups(self.model))
         self.scheduler = LambdaLR(self.optimizer, schedule(search, steps))
         self.store: CheckpointStore | None = None
-        self.position = Position(torch.zeros((), device=self.device))
+        self.position = Position(torch.zeros((), device=self.device, dtype=torch.float32))
         self.interrupt = Interrupt()
         self.rescue = Rescue(prepared)
 

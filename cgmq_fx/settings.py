@@ -33,7 +33,7 @@ class Settings:
         self._range = torch.arange(sum(self._sizes))
         self._gate = torch.cat([_gates(q, layout.starts[i]) for i, q in enumerate(quantizers)])
         self._several = [i for i, q in enumerate(quantizers) if _shares(q)]
-        self._offsets = torch.zeros(sum(self._sizes))
+        self._offsets = torch.zeros(sum(self._sizes), dtype=torch.float32)
         for quantizer in quantizers:
             quantizer.log_range.detach().zero_()  # an earlier controller's ranges are no offset
         self._bind()

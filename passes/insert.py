@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from cgmq_fx.cost_models.errors import PassError, UnsupportedModelError
+from cgmq_fx.cost_models.errors import OptionError, PassError, UnsupportedModelError
 from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.aliases import last_write
 from cgmq_fx.passes.infra import Pass, PassResult, place
 from cgmq_fx.passes.meeting import channel_axis, gate_shape, weight_axis
-from cgmq_fx.passes.oplists import AVERAGES, BINARY, INTEGER, LOOKUPS
+from cgmq_fx.passes.oplists import AFFINE, AVERAGES, BINARY, INTEGER, LOOKUPS
 from cgmq_fx.passes.optable import (
     ComputeOp,
     argument,
@@ -150,7 +150,7 @@ def _spec(scheme: Scheme, places: list[_Place], batched: bool) -> QuantizerSpec:
     widths, granularity = scheme.bit_widths, scheme.activations
     if first.reader.op == "output" and scheme.output_bits is not None:
         widths, granularity = (scheme.output_bits,), "tensor"
-    elif first.node.op == "placeholder" and scheme.input_bits is not None:
+    elif scheme.input_bits is not None and _is_input(first.node):
         widths = (scheme.input_bits,)
     elif first.op is None:
         widths, granularity = scheme.link_widths, "tensor"
@@ -158,6 +158,16 @@ def _spec(scheme: Scheme, places: list[_Place], batched: bool) -> QuantizerSpec:
     axis = channel_axis(first.reader, first.op, first.node) if channels and first.op else None
     gates = gate_shape(granularity, shape, axis)
     return QuantizerSpec(first.role, signed, widths, gates, (), batched, scheme.power_of_two)
+
+
+def _is_input(node: Node) -> bool:
+    """Whether a tensor is an input, or one that was scaled and shifted by constants."""
+    while node.op == "call_function" and node.target in AFFINE:
+        inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        if len(inputs) != 1:
+            return False
+        (node,) = inputs
+    return node.op == "placeholder"
 
 
 def _name(module: GraphModule, node: Node) -> str:
@@ -253,8 +263,14 @@ class InsertQuantizers(Pass):
             self._insert_all(
                 module, selection, _outputs(module, reachable_from_inputs(module.graph))
             )
+            _fix_outputs(module, self.scheme.output_bits)
         self._insert_all(module, selection, _tables(module, reachable_from_inputs(module.graph)))
         self._insert_all(module, selection, _links(module, reachable_from_inputs(module.graph)))
+        if self.scheme.input_bits is not None and not _has_input_quantizer(module):
+            raise OptionError(
+                "input_bits fixes nothing: no layer that is quantized reads an input of the "
+                "network, as it is or scaled and shifted by constants"
+            )
         return PassResult(module, modified=True)
 
     def _insert_all(
@@ -278,6 +294,20 @@ class InsertQuantizers(Pass):
             for factor in operands(node, op) if op else ():
                 if is_float(factor) and quantizer_of(module, factor) is None:
                     raise PassError(f"{factor} of {node} ({place(node)}) has no quantizer")
+
+
+def _fix_outputs(module: GraphModule, bits: int) -> None:
+    """Let quantizers that the network's outputs are on take `bits` only."""
+    live = reachable_from_inputs(module.graph)
+    for node in module.graph.output_node().all_input_nodes:
+        found = quantizer_of(module, node) if node in live else None
+        if found is not None:
+            found[1].spec = replace(found[1].spec, bit_widths=(bits,))
+
+
+def _has_input_quantizer(module: GraphModule) -> bool:
+    nodes = (n for n in module.graph.nodes if _calls_quantizer(module, n))
+    return any(_is_input(n.all_input_nodes[0]) for n in nodes)
 
 
 def _is_quantized(module: GraphModule, node: Node) -> bool:

@@ -62,6 +62,9 @@ LOOKUPS = overloads("embedding")
 BINARY = overloads("add sub mul maximum minimum")
 """Element-wise ops that an integer runtime executes on two quantized operands."""
 
+AFFINE = VIEWS | overloads("add sub mul div rsub to _to_copy")
+"""Ops that scale and shift a tensor, if their other operands are constants."""
+
 AVERAGES = overloads(
     """
     avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d

@@ -67,7 +67,9 @@ class Quantizer(nn.Module):
         self.signed = spec.signed
         self.statistic = Statistic.NONE
         self.averages = Averages()
-        self.log_range = nn.Parameter(torch.zeros(spec.range_shape, device=device))
+        self.log_range = nn.Parameter(
+            torch.zeros(spec.range_shape, device=device, dtype=torch.float32)
+        )
         shape = spec.gate_shape
         self.register_buffer(
             "bits", torch.full(shape, PASS_THROUGH, dtype=torch.int32, device=device)
@@ -150,7 +152,9 @@ class Quantizer(nn.Module):
             return
         self.adjacent = self.bits.clone()
         shape = (statistic.rows, *self.spec.gate_shape)
-        self.probe = torch.zeros(shape, device=self.bits.device).requires_grad_()
+        self.probe = torch.zeros(
+            shape, device=self.bits.device, dtype=torch.float32
+        ).requires_grad_()
 
     def extra_repr(self) -> str:
         """Role, sign and bit-widths."""

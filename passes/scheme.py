@@ -40,7 +40,9 @@ class Scheme:
         weights: Gates of weights: per tensor, per output channel or per element.
         activations: Gates of activations: per tensor or per channel.
         weight_ranges: Ranges of weights: per tensor or per output channel.
-        input_bits: Fixes the network's inputs at this bit-width; None lets the search decide.
+        input_bits: Fixes the network's inputs at this bit-width, or what becomes of them by sums
+            and products with constants, where that is quantized; None lets the search decide. An
+            error if neither is.
         output_bits: Quantizes the network's outputs too, at this bit-width; None leaves them.
         power_of_two: Whether the steps of all grids are powers of two, so that scaling is a shift.
         skip: Layers that stay in float; one pattern or several.
@@ -73,6 +75,8 @@ class Scheme:
             _check_widths("weight_widths", self.weight_widths)
         for bits in ends:
             _check_widths("input_bits and output_bits", (bits,))
+            if bits == 0:
+                raise OptionError("input_bits and output_bits cannot be 0: nothing would be left")
         object.__setattr__(self, "skip", self.skipped)
         object.__setattr__(self, "only", self.chosen)
         object.__setattr__(self, "layers", self.layer_widths)

@@ -33,7 +33,7 @@ Content = tuple[Header, Tensors]
 SCHEMES = {
     "tensor": Scheme(),
     "channel": Scheme(weights="channel", activations="channel"),
-    "element": Scheme(weights="element", input_bits=8),
+    "element": Scheme(weights="element", output_bits=8),
 }
 
 

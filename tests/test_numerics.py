@@ -141,3 +141,21 @@ def test_double_precision_that_stays_counts_as_it_did_with_its_quantizers(budget
     assert quantize(
         net().double(), budget, data, scheme=scheme, epochs=0, progress=False
     ).cost.satisfied
+
+
+@pytest.fixture
+def double_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("double_by_default")
+@pytest.mark.parametrize("direction", ["marginal", "gradient"])
+@pytest.mark.parametrize(
+    "scheme", [Scheme(), Scheme(bit_widths=(0, 2, 4), weights="channel", activations="channel")]
+)
+def test_new_tensors_may_be_double_by_default(scheme: Scheme, direction: str) -> None:
+    data = batches(dtype=torch.float64)
+    assert good(run(net(), data, scheme=scheme, direction=direction), torch.float64)

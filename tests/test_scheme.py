@@ -51,6 +51,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"weight_widths": ()}, "weight_widths must be ascending without repeats"),
     ({"weight_widths": (1, 4)}, "1" + NO_WIDTH),
     ({"input_bits": 1}, "1" + NO_WIDTH),
+    ({"input_bits": 0}, "input_bits and output_bits cannot be 0"),
+    ({"output_bits": 0}, "input_bits and output_bits cannot be 0"),
     ({"output_bits": 1}, "1" + NO_WIDTH),
     ({"input_bits": "8"}, "'8'" + NO_WIDTH),
     ({"input_bits": 8.0}, "8.0" + NO_WIDTH),
