@@ -72,6 +72,11 @@ def optimizer_identity(optimizer: Optimizer) -> dict[str, Any]:
     return {"class": type(optimizer).__qualname__} | options
 
 
+def digest_of(identity: dict[str, Any]) -> str:
+    """A short digest of an identity or of parts of one."""
+    return _short(repr(sorted(identity.items())).encode())
+
+
 def difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str | None:
     """The first thing in which two calls differ, in words, or None."""
     for name in dict.fromkeys([*mine, *theirs]):

@@ -37,7 +37,8 @@ from cgmq_fx.data import example_inputs_of
 from cgmq_fx.directions import Direction, direction_of
 from cgmq_fx.driver import DEFAULT_EPOCHS, quantize
 from cgmq_fx.graphs import float_graph, quantized_graph
-from cgmq_fx.identity import name_of
+from cgmq_fx.identity import digest_of, model_identity, name_of
+from cgmq_fx.passes.capture import Captured
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.presets import TargetLike, deployment
 from cgmq_fx.result import Result
@@ -74,17 +75,21 @@ class _Task:
             model, budget, data, start=start, checkpoint=folder, progress=progress, **options
         )
 
-    def identity(self) -> dict[str, str]:
-        """What the points depend on, by name: the model's state, and options as far as told."""
-        digest = hashlib.sha256()
-        for name, tensor in _state(self.model).items():
-            digest.update(name.encode())
-            if isinstance(tensor, torch.Tensor):
-                data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                digest.update(data.numpy().tobytes())
+    def captured(self) -> Captured:
+        """The model as one graph in float."""
+        supervised = self.loss is not None
+        inputs = example_inputs_of(self.model, self.example_inputs, self.train_data, supervised)
+        return float_graph(self.model, inputs)
+
+    def identity(self, captured: Captured) -> dict[str, str]:
+        """What the points depend on, by name: the model, its inputs, options as far as told."""
+        own = model_identity(captured.module, captured.inputs, captured.dynamic, None)
         where = deployment(self.target)
         return {
-            "model": digest.hexdigest(),
+            "version of cgmq_fx or torch": repr(own.pop("versions")),
+            "kind of device": own.pop("device"),
+            "shape or dtype of inputs": repr(own.pop("inputs")),
+            "model": digest_of(own),
             "target": repr((where.preset.name, where.chip)),
             "scheme": repr(where.scheme(self.scheme)),
             "direction": direction_of(self.direction).name,
@@ -133,8 +138,8 @@ def sweep(
         progress: Whether to show progress.
         seed: Seed of all that is random.
         folder: Keeps a file per point, and checkpoints of the one that is trained. Called again
-            with the same model and options, a sweep continues where it was stopped, and takes
-            further budgets.
+            with the same model, shapes of inputs, options and versions, a sweep continues where it
+            was stopped, and takes further budgets.
         jobs: How many points to train at once. By default one per device if the model is on one of
             several GPUs, else one. More need the package `loky`, and pass the model and the data to
             other processes.
@@ -159,10 +164,13 @@ def sweep(
         metric,
         seed,
     )
-    ordered, libraries = _ordered(task, budgets)
+    parsed = _parsed(task, budgets)
+    captured = task.captured()
+    identity = task.identity(captured)  # before quantizers are inserted
+    ordered, libraries = _ordered(task, captured, parsed)
     with tempfile.TemporaryDirectory() as temporary:
         kept = Path(temporary if folder is None else folder)
-        _claim(kept, task.identity())
+        _claim(kept, identity)
         workers = min(_jobs(jobs, model), len(ordered))
         if workers == 1:
             _run_stretch(task, ordered, kept, libraries, progress)
@@ -172,21 +180,26 @@ def sweep(
         return Sweep(tuple(points))
 
 
-def _ordered(task: _Task, budgets: Iterable[BudgetLike]) -> tuple[list[Budget], tuple[str, ...]]:
-    """The budgets, the loosest first, and the other libraries whose ops the model calls.
-
-    Each budget is known to be feasible, and the model to fit into a file.
-    """
+def _parsed(task: _Task, budgets: Iterable[BudgetLike]) -> list[Budget]:
+    """The budgets as they are read where the model is to run; at least one."""
     if isinstance(budgets, str) or not isinstance(budgets, Iterable):
         raise OptionError(f"a sweep takes a list of budgets, not {budgets!r}")
-    place = deployment(task.target)
-    parsed = [parse_budget(budget, place.chip) for budget in budgets]
+    chip = deployment(task.target).chip
+    parsed = [parse_budget(budget, chip) for budget in budgets]
     if not parsed:
         raise OptionError('a sweep needs budgets, such as ["bops <= 1%", "bops <= 0.5%"]')
-    inputs = example_inputs_of(
-        task.model, task.example_inputs, task.train_data, task.loss is not None
-    )
-    graph, facts = quantized_graph(float_graph(task.model, inputs), place.scheme(task.scheme))
+    return parsed
+
+
+def _ordered(
+    task: _Task, captured: Captured, parsed: Sequence[Budget]
+) -> tuple[list[Budget], tuple[str, ...]]:
+    """The budgets, the loosest first, and the other libraries whose ops the model calls.
+
+    Each budget is known to be feasible, and the model to fit into a file. Quantizers are inserted
+    into the captured graph.
+    """
+    graph, facts = quantized_graph(captured, deployment(task.target).scheme(task.scheme))
     check_kept(graph)
 
     def looseness(budget: Budget) -> float:

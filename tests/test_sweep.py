@@ -26,6 +26,7 @@ from cgmq_fx import (
     Result,
     Sweep,
     SweepPoint,
+    identity,
     sweeping,
 )
 from cgmq_fx.cost_models import Budget, parse_budget
@@ -168,6 +169,47 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path: Path) -> None:
         run(tmp_path, ["bops <= 6%"], epochs=1, seed=1)
     (tmp_path / "sweep.json").write_text("{}")
     with pytest.raises(OptionError, match=r"sweep\.json is no record of a sweep"):
+        run(tmp_path, ["bops <= 6%"], epochs=0)
+
+
+def pooled(activation: nn.Module) -> nn.Module:
+    """A net for images of any size; its state is the same with every activation."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(1, 4, 3), activation, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("other", "size", "text"),
+    [
+        (nn.ReLU(), 16, "another shape or dtype of inputs"),
+        (nn.Tanh(), 8, "another model; give another"),
+    ],
+    ids=["larger inputs", "same state, other ops"],
+)
+def test_points_of_a_model_with_the_same_state_are_not_taken(
+    other: nn.Module, size: int, text: str, tmp_path: Path
+) -> None:
+    def swept(net: nn.Module, size: int) -> Sweep:
+        options: dict[str, Any] = {"epochs": 0, "progress": False, "folder": tmp_path}
+        return cgmq_fx.sweep(net, ["bops <= 60%"], [torch.rand(2, 1, size, size)], **options)
+
+    kept = swept(pooled(nn.ReLU()), 8)
+    with pytest.raises(OptionError, match=f"holds a sweep with {text}"):
+        swept(pooled(other), size)
+    assert swept(pooled(nn.ReLU()), 8)[0].costs == kept[0].costs
+
+
+@pytest.mark.parametrize("name", ["torch", "cgmq_fx"])
+def test_points_of_another_version_are_not_taken(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, ["bops <= 6%"], epochs=0)
+    if name == "torch":
+        monkeypatch.setattr(torch, "__version__", "2.0.0")
+    else:
+        monkeypatch.setattr(identity, "own_version", lambda: "0.0.1")
+    with pytest.raises(OptionError, match="with another version of cgmq_fx or torch; give another"):
         run(tmp_path, ["bops <= 6%"], epochs=0)
 
 
