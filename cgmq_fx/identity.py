@@ -36,8 +36,13 @@ def model_identity(
         "inputs": [f"{tuple(t.shape[dynamic:])} {t.dtype}" for t in inputs.tensors],
         "graph": _short(module.code.encode()),
         "model": _digests(module),
-        "start": {} if start is None else _digests(start.model),
+        "start": start_identity(start),
     }
+
+
+def start_identity(start: Result | None) -> dict[str, Any]:
+    """What a run takes over from a result, by name; nothing if it starts from the float model."""
+    return {} if start is None else _digests(start.model)
 
 
 def name_of(function: Callable[..., Any] | None) -> str | None:

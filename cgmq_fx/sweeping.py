@@ -37,7 +37,7 @@ from cgmq_fx.data import example_inputs_of
 from cgmq_fx.directions import Direction, direction_of
 from cgmq_fx.driver import DEFAULT_EPOCHS, quantize
 from cgmq_fx.graphs import float_graph, quantized_graph
-from cgmq_fx.identity import digest_of, model_identity, name_of
+from cgmq_fx.identity import digest_of, model_identity, name_of, start_identity
 from cgmq_fx.passes.capture import Captured
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.presets import TargetLike, deployment
@@ -139,7 +139,8 @@ def sweep(
         seed: Seed of all that is random.
         folder: Keeps a file per point, and checkpoints of the one that is trained. Called again
             with the same model, shapes of inputs, options and versions, a sweep continues where it
-            was stopped, and takes further budgets.
+            was stopped, and takes further budgets. A point whose training was stopped is trained
+            anew if by then it has another neighbour to start from.
         jobs: How many points to train at once. By default one per device if the model is on one of
             several GPUs, else one. More need the package `loky`, and pass the model and the data to
             other processes.
@@ -254,10 +255,14 @@ def _run_stretch(
             continue
         if progress:
             note(f"point {number} of {len(budgets)}: {budget}")
-        running = file.with_suffix(".run")
+        running = _running(file, before)
+        stopped = set(file.parent.glob(f"{file.stem}-*.run"))
+        if progress and stopped and running not in stopped:
+            note("its run that was stopped had another start; it is trained anew")
         before = task.run(budget, before, running, progress=progress)
         before.save(file)
-        shutil.rmtree(running, ignore_errors=True)
+        for run in (running, *stopped):
+            shutil.rmtree(run, ignore_errors=True)
 
 
 def _run_parallel(
@@ -337,6 +342,11 @@ def _state(model: nn.Module | ExportedProgram) -> Mapping[str, Any]:
 
 def _file(folder: Path, budget: Budget) -> Path:
     return folder / f"{hashlib.sha256(str(budget).encode()).hexdigest()[:16]}.safetensors"
+
+
+def _running(file: Path, start: Result | None) -> Path:
+    """Where the run of a point is kept: a run goes on only from the start that it began with."""
+    return file.with_name(f"{file.stem}-{digest_of(start_identity(start))}.run")
 
 
 def _point(folder: Path, budget: Budget, libraries: Collection[str]) -> Result:

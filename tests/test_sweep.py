@@ -119,6 +119,27 @@ def test_a_point_that_was_interrupted_continues(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.run"))
 
 
+@pytest.mark.parametrize(
+    ("further", "steps", "told"), [([], 8, False), (["bops <= 3%"], 30, True)], ids=["same", "more"]
+)
+def test_a_sweep_that_was_interrupted_takes_further_budgets(
+    further: list[str],
+    steps: int,
+    told: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    budgets = ["bops <= 6%", "bops <= 1%"]
+    options: dict[str, Any] = {"epochs": 3, "val_data": None, "progress": True}  # 15 steps a point
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, budgets, loss=Stopping(15 + 7), **options)
+    capsys.readouterr()
+    found = run(tmp_path, [*budgets, *further], loss=Stopping(steps), **options)
+    assert [len(point.result.history.steps) for point in found] == [15] * (2 + len(further))
+    assert not list(tmp_path.glob("*.run"))
+    assert ("had another start" in " ".join(capsys.readouterr().err.split())) is told
+
+
 def test_a_preset_is_known_by_its_name_in_another_process(tmp_path: Path) -> None:
     preset = cgmq_fx.PRESETS["onnxruntime"]
     options = {"epochs": 0, "budgets": ["bops <= 6%"]}
