@@ -26,13 +26,14 @@ from cgmq_fx.artifact import check_kept, load
 from cgmq_fx.cost_models import (
     Budget,
     BudgetLike,
+    CostModel,
     Ledger,
     check_cost_models,
     check_feasible,
     highest_bits,
     parse_budget,
 )
-from cgmq_fx.cost_models.errors import OptionError
+from cgmq_fx.cost_models.errors import BoundError, CostModelError, OptionError
 from cgmq_fx.data import example_inputs_of
 from cgmq_fx.directions import Direction, direction_of
 from cgmq_fx.driver import DEFAULT_EPOCHS, quantize
@@ -149,7 +150,8 @@ def sweep(
         The points, from the loosest budget to the tightest.
 
     Raises:
-        CgmqError: As for `quantize`; if the folder holds another sweep, or there is no budget.
+        CgmqError: As for `quantize`; if the folder holds another sweep, there is no budget, or two
+            budgets read the same though their cost models have different arguments.
     """
     task = _Task(
         model,
@@ -189,7 +191,33 @@ def _parsed(task: _Task, budgets: Iterable[BudgetLike]) -> list[Budget]:
     parsed = [parse_budget(budget, chip) for budget in budgets]
     if not parsed:
         raise OptionError('a sweep needs budgets, such as ["bops <= 1%", "bops <= 0.5%"]')
-    return parsed
+    return _unique(parsed)
+
+
+def _unique(budgets: Sequence[Budget]) -> list[Budget]:
+    """Each budget once.
+
+    Raises:
+        OptionError: If two of them read the same, but count by cost models that differ: points, and
+            the files that keep them, are told apart by what their budgets read.
+    """
+    found: dict[str, Budget] = {}
+    for budget in budgets:
+        pairs = zip(found.setdefault(str(budget), budget), budget, strict=True)
+        if not all(_alike(first.model, second.model) for first, second in pairs):
+            raise OptionError(
+                f"two budgets read {str(budget)!r}, but their cost models differ; sweep them "
+                "apart, each in a folder of its own, or give their cost models different names"
+            )
+    return list(found.values())
+
+
+def _alike(one: CostModel, other: CostModel) -> bool:
+    """Whether two cost models are of one class and hold the same, as far as can be told."""
+    try:
+        return one is other or bool(one.__reduce_ex__(2) == other.__reduce_ex__(2))
+    except (TypeError, ValueError, RuntimeError):  # it cannot be copied, or arrays are compared
+        return False
 
 
 def _ordered(
@@ -211,9 +239,7 @@ def _ordered(
         pairs = zip(ledger.limits, ledger.totals, strict=True)
         return min(limit / total if total else 1.0 for limit, total in pairs)
 
-    unique = {str(budget): (looseness(budget), budget) for budget in parsed}
-    ordered = sorted(unique.values(), key=lambda pair: -pair[0])
-    return [budget for _, budget in ordered], libraries_of(graph.graph)
+    return sorted(parsed, key=looseness, reverse=True), libraries_of(graph.graph)
 
 
 def _claim(folder: Path, identity: dict[str, str]) -> None:
@@ -350,8 +376,14 @@ def _running(file: Path, start: Result | None) -> Path:
 
 
 def _point(folder: Path, budget: Budget, libraries: Collection[str]) -> Result:
-    models = [constraint.model for constraint in budget]
-    return load(_file(folder, budget), libraries=libraries, cost_models=models)
+    models, file = [constraint.model for constraint in budget], _file(folder, budget)
+    try:
+        return load(file, libraries=libraries, cost_models=models)
+    except (BoundError, CostModelError) as error:
+        raise OptionError(
+            f"{file} was counted by another cost model, or with other arguments: {error}; "
+            "give another folder"
+        ) from error
 
 
 def _kept(folder: str | Path | None, budget: Budget) -> Path | None:

@@ -175,6 +175,36 @@ def test_cost_models_with_arguments_keep_them(
     assert loaded.cost.states[0].value == before
 
 
+@pytest.mark.parametrize(
+    "other",
+    [Priced(3.0), Priced(torch.ones(2)), type("Other", (Priced,), {})(1.0)],  # type: ignore[arg-type]
+    ids=["arguments", "tensors", "class"],
+)
+def test_budgets_that_read_the_same_but_count_otherwise_are_refused(other: Priced) -> None:
+    first = Priced(1.0 if isinstance(other.price, float) else other.price + 0)
+    with pytest.raises(OptionError, match=r"two budgets read 'priced <= 30%', but their cost mod"):
+        run(budgets=[first <= "30%", other <= "30%"], epochs=0)
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [(Priced(2.0), Priced(2.0)), (Priced(torch.ones(2)[0]),) * 2],  # type: ignore[arg-type]
+    ids=["equal", "the same"],
+)
+def test_a_budget_that_is_given_twice_is_one_point(twice: tuple[Priced, Priced]) -> None:
+    assert sweeping._unique([Budget((one <= "30%",)) for one in twice])[1:] == []
+
+
+@pytest.mark.parametrize("price", [1.0, 3.0])
+def test_a_point_that_another_cost_model_counted_is_not_taken(
+    price: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_REGISTRY", {**registry._REGISTRY, "priced": Priced})
+    run(budgets=[Priced(2.0) <= "30%"], folder=tmp_path, epochs=0)
+    with pytest.raises(OptionError, match=r"by another cost model, or .* give another folder"):
+        run(budgets=[Priced(price) <= "30%"], folder=tmp_path, epochs=0)
+
+
 def test_what_no_file_can_hold_is_found_before_training() -> None:
     batches = [torch.randn(4, 8)]
     with pytest.raises(ArtifactError, match=r"inner\.0"):
