@@ -1,7 +1,8 @@
 """`sweep`: one model under many budgets, to see what accuracy costs.
 
 Budgets are ordered from the loosest to the tightest; each point starts from the weights and bits of
-its neighbour. With several jobs the order is cut into as many stretches, which run at once.
+its nearest neighbour that has all its channels, else from the model itself. With several jobs the
+order is cut into as many stretches, which run at once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from cgmq_fx.artifact import check_kept, load
 from cgmq_fx.cost_models import (
@@ -38,7 +40,7 @@ from cgmq_fx.data import example_inputs_of
 from cgmq_fx.directions import Direction, direction_of
 from cgmq_fx.driver import DEFAULT_EPOCHS, quantize
 from cgmq_fx.graphs import float_graph, quantized_graph
-from cgmq_fx.identity import digest_of, model_identity, name_of, start_identity
+from cgmq_fx.identity import digest_of, model_identity, name_of, own_shapes, pruned, start_identity
 from cgmq_fx.passes.capture import Captured
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.presets import TargetLike, deployment
@@ -102,6 +104,47 @@ class _Task:
         }
 
 
+@dataclass(frozen=True)
+class _Points:
+    """Where points are kept, and what it takes to read them and to start from them.
+
+    Attributes:
+        folder: Has a file per point.
+        libraries: Other libraries whose ops the model calls.
+        shapes: Those of the model's parameters, by name.
+    """
+
+    folder: Path
+    libraries: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def file(self, budget: Budget) -> Path:
+        return self.folder / f"{hashlib.sha256(str(budget).encode()).hexdigest()[:16]}.safetensors"
+
+    def load(self, budget: Budget) -> Result:
+        models, file = [constraint.model for constraint in budget], self.file(budget)
+        try:
+            return load(file, libraries=self.libraries, cost_models=models)
+        except (BoundError, CostModelError) as error:
+            raise OptionError(
+                f"{file} was counted by another cost model, or with other arguments: {error}; "
+                "give another folder"
+            ) from error
+
+    def train(self, task: _Task, budget: Budget, start: Result | None, progress: bool) -> Result:
+        """Train a point and keep it; a run goes on only from the start that it began with."""
+        file = self.file(budget)
+        running = file.with_name(f"{file.stem}-{digest_of(start_identity(start))}.run")
+        stopped = set(self.folder.glob(f"{file.stem}-*.run"))
+        if progress and stopped and running not in stopped:
+            note("its run that was stopped had another start; it is trained anew")
+        result = task.run(budget, start, running, progress=progress)
+        result.save(file)
+        for run in (running, *stopped):
+            shutil.rmtree(run, ignore_errors=True)
+        return result
+
+
 def sweep(
     model: nn.Module | ExportedProgram,
     budgets: Iterable[BudgetLike],
@@ -147,7 +190,8 @@ def sweep(
             other processes.
 
     Returns:
-        The points, from the loosest budget to the tightest.
+        The points, from the loosest budget to the tightest. Each starts from the one before it; if
+        that lost channels (0 bits), from the last one that did not, else from the model itself.
 
     Raises:
         CgmqError: As for `quantize`; if the folder holds another sweep, there is no budget, or two
@@ -170,17 +214,19 @@ def sweep(
     parsed = _parsed(task, budgets)
     captured = task.captured()
     identity = task.identity(captured)  # before quantizers are inserted
-    ordered, libraries = _ordered(task, captured, parsed)
+    ordered, graph = _ordered(task, captured, parsed)
     with tempfile.TemporaryDirectory() as temporary:
         kept = Path(temporary if folder is None else folder)
         _claim(kept, identity)
+        points = _Points(kept, libraries_of(graph.graph), own_shapes(graph))
         workers = min(_jobs(jobs, model), len(ordered))
         if workers == 1:
-            _run_stretch(task, ordered, kept, libraries, progress)
+            _run_stretch(task, ordered, points, progress)
         else:
-            _run_parallel(task, ordered, kept, libraries, workers)
-        points = (SweepPoint(str(b), _point(kept, b, libraries), _kept(folder, b)) for b in ordered)
-        return Sweep(tuple(points))
+            _run_parallel(task, ordered, points, workers)
+        files = [None if folder is None else points.file(budget) for budget in ordered]
+        pairs = zip(ordered, files, strict=True)
+        return Sweep(tuple(SweepPoint(str(b), points.load(b), file) for b, file in pairs))
 
 
 def _parsed(task: _Task, budgets: Iterable[BudgetLike]) -> list[Budget]:
@@ -222,11 +268,10 @@ def _alike(one: CostModel, other: CostModel) -> bool:
 
 def _ordered(
     task: _Task, captured: Captured, parsed: Sequence[Budget]
-) -> tuple[list[Budget], tuple[str, ...]]:
-    """The budgets, the loosest first, and the other libraries whose ops the model calls.
+) -> tuple[list[Budget], GraphModule]:
+    """The budgets, the loosest first, and the model with quantizers, which are inserted in place.
 
-    Each budget is known to be feasible, and the model to fit into a file. Quantizers are inserted
-    into the captured graph.
+    Each budget is known to be feasible, and the model to fit into a file.
     """
     graph, facts = quantized_graph(captured, deployment(task.target).scheme(task.scheme))
     check_kept(graph)
@@ -239,7 +284,7 @@ def _ordered(
         pairs = zip(ledger.limits, ledger.totals, strict=True)
         return min(limit / total if total else 1.0 for limit, total in pairs)
 
-    return sorted(parsed, key=looseness, reverse=True), libraries_of(graph.graph)
+    return sorted(parsed, key=looseness, reverse=True), graph
 
 
 def _claim(folder: Path, identity: dict[str, str]) -> None:
@@ -265,37 +310,24 @@ def _claim(folder: Path, identity: dict[str, str]) -> None:
         )
 
 
-def _run_stretch(
-    task: _Task,
-    budgets: Sequence[Budget],
-    folder: Path,
-    libraries: Collection[str],
-    progress: bool,
-) -> None:
-    """Train the points that are not there yet, each from the one before it."""
-    before: Result | None = None
+def _run_stretch(task: _Task, budgets: Sequence[Budget], points: _Points, progress: bool) -> None:
+    """Train the points that are not there yet, each from the last one that has all its channels."""
+    start: Result | None = None
     for number, budget in enumerate(budgets, 1):
-        file = _file(folder, budget)
-        if file.exists():
-            before = _point(folder, budget, libraries)
-            continue
-        if progress:
-            note(f"point {number} of {len(budgets)}: {budget}")
-        running = _running(file, before)
-        stopped = set(file.parent.glob(f"{file.stem}-*.run"))
-        if progress and stopped and running not in stopped:
-            note("its run that was stopped had another start; it is trained anew")
-        before = task.run(budget, before, running, progress=progress)
-        before.save(file)
-        for run in (running, *stopped):
-            shutil.rmtree(run, ignore_errors=True)
+        if points.file(budget).exists():
+            found = points.load(budget)
+        else:
+            if progress:
+                note(f"point {number} of {len(budgets)}: {budget}")
+            found = points.train(task, budget, start, progress)
+        if pruned(found, points.shapes) is None:
+            start = found
 
 
 def _run_parallel(
     task: _Task,
     budgets: Sequence[Budget],
-    folder: Path,
-    libraries: Collection[str],
+    points: _Points,
     workers: int,
 ) -> None:
     try:
@@ -308,7 +340,7 @@ def _run_parallel(
     cores = max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(workers) as pool:
         futures = [
-            pool.submit(_work, task, stretch, folder, libraries, index, cores)
+            pool.submit(_work, task, stretch, points, index, cores)
             for index, stretch in enumerate(_stretches(budgets, workers))
         ]
         try:
@@ -324,8 +356,7 @@ def _run_parallel(
 def _work(
     task: _Task,
     budgets: Sequence[Budget],
-    folder: Path,
-    libraries: Collection[str],
+    points: _Points,
     index: int,
     cores: int,
 ) -> None:
@@ -334,7 +365,7 @@ def _work(
     devices = _devices(task.model)
     if devices and isinstance(task.model, nn.Module):
         task.model.to(devices[index % len(devices)])
-    _run_stretch(task, budgets, folder, libraries, progress=False)
+    _run_stretch(task, budgets, points, progress=False)
 
 
 def _stretches(budgets: Sequence[Budget], count: int) -> Iterator[Sequence[Budget]]:
@@ -364,27 +395,3 @@ def _state(model: nn.Module | ExportedProgram) -> Mapping[str, Any]:
         model.state_dict if isinstance(model, ExportedProgram) else model.state_dict()
     )
     return found
-
-
-def _file(folder: Path, budget: Budget) -> Path:
-    return folder / f"{hashlib.sha256(str(budget).encode()).hexdigest()[:16]}.safetensors"
-
-
-def _running(file: Path, start: Result | None) -> Path:
-    """Where the run of a point is kept: a run goes on only from the start that it began with."""
-    return file.with_name(f"{file.stem}-{digest_of(start_identity(start))}.run")
-
-
-def _point(folder: Path, budget: Budget, libraries: Collection[str]) -> Result:
-    models, file = [constraint.model for constraint in budget], _file(folder, budget)
-    try:
-        return load(file, libraries=libraries, cost_models=models)
-    except (BoundError, CostModelError) as error:
-        raise OptionError(
-            f"{file} was counted by another cost model, or with other arguments: {error}; "
-            "give another folder"
-        ) from error
-
-
-def _kept(folder: str | Path | None, budget: Budget) -> Path | None:
-    return None if folder is None else _file(Path(folder), budget)
