@@ -1,8 +1,11 @@
-"""What a run is: everything that a checkpoint must have in common with the run that resumes it."""
+"""What a run is: everything that a checkpoint must have in common with the run that resumes it.
+
+And what a result must have in common with a model that starts from it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from types import CodeType, FunctionType
 from typing import Any
@@ -12,9 +15,16 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.optim import Optimizer
 
+from cgmq_fx.cost_models.errors import OptionError
+from cgmq_fx.passes.bias import BIASES
 from cgmq_fx.passes.capture import ExampleInputs, device_of
+from cgmq_fx.passes.insert import QUANTIZERS
+from cgmq_fx.passes.norms import NORMS
 from cgmq_fx.requirements import own_version
 from cgmq_fx.result import Result
+
+ADDED = (f"{QUANTIZERS}.", f"{BIASES}.", f"{NORMS}.")
+"""How names of state begin that is not the model's own."""
 
 _DIGITS = 16
 
@@ -36,8 +46,57 @@ def model_identity(
         "inputs": [f"{tuple(t.shape[dynamic:])} {t.dtype}" for t in inputs.tensors],
         "graph": _short(module.code.encode()),
         "model": _digests(module),
-        "start": {} if start is None else _digests(start.model),
+        "start": start_identity(start),
     }
+
+
+def start_identity(start: Result | None) -> dict[str, Any]:
+    """What a run takes over from a result, by name; nothing if it starts from the float model."""
+    return {} if start is None else _digests(start.model)
+
+
+def own_shapes(module: GraphModule) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's own parameters by name: not those of quantizers and normalisers."""
+    named = module.named_parameters()
+    return {name: tuple(p.shape) for name, p in named if not name.startswith(ADDED)}
+
+
+def pruned(result: Result, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The first of a model's parameters that is shorter in a result, whose channels were pruned.
+
+    Args:
+        result: A result of the model.
+        shapes: The shapes of the model's own parameters by name.
+    """
+    given = result.model.state_dict()
+    found = {name: tuple(given[name].shape) for name in shapes if name in given}
+    return next((name for name, shape in found.items() if _shorter(shape, shapes[name])), None)
+
+
+def _shorter(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    same = len(shape) == len(other)
+    return same and shape != other and all(a <= b for a, b in zip(shape, other, strict=True))
+
+
+def check_start(result: Result, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that a result has all parameters of a model; arguments as of `pruned`.
+
+    Raises:
+        OptionError: If it is of another model, or channels were pruned.
+    """
+    given = result.model.state_dict()
+    short = pruned(result, shapes)
+    if short is not None and all(name in given for name in shapes):
+        raise OptionError(
+            "start= has lost channels, which were pruned, or is a result of a smaller model: its "
+            f"{short} has shape {tuple(given[short].shape)}, not {shapes[short]}; give a result "
+            "without pruned channels, or leave out start="
+        )
+    for name, shape in shapes.items():
+        if name not in given or tuple(given[name].shape) != shape:
+            raise OptionError(
+                f"start= is a result of another model: it has no {name} of shape {shape}"
+            )
 
 
 def name_of(function: Callable[..., Any] | None) -> str | None:
@@ -70,6 +129,11 @@ def optimizer_identity(optimizer: Optimizer) -> dict[str, Any]:
         if name != "params"
     }
     return {"class": type(optimizer).__qualname__} | options
+
+
+def digest_of(identity: dict[str, Any]) -> str:
+    """A short digest of an identity or of parts of one."""
+    return _short(repr(sorted(identity.items())).encode())
 
 
 def difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str | None:

@@ -33,14 +33,14 @@ from cgmq_fx.directions import Direction, direction_of
 from cgmq_fx.distortion import with_distortion
 from cgmq_fx.graphs import float_graph, quantized_graph
 from cgmq_fx.history import GateRecord, Phase
-from cgmq_fx.passes.bias import BIASES, align_signs
+from cgmq_fx.identity import ADDED, check_start, own_shapes
+from cgmq_fx.passes.bias import align_signs
 from cgmq_fx.passes.capture import Captured, ExampleInputs, device_of
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.freeze import Freeze
 from cgmq_fx.passes.infra import run_passes
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.norms import (
-    NORMS,
     FoldNormalisers,
     NormaliseBatches,
     forget_norms,
@@ -148,24 +148,17 @@ class Prepared:
         """Take over weights and bit-widths of a result of the same model; then `calibrate`.
 
         Raises:
-            OptionError: If it is of another model, or training has begun.
+            OptionError: If it is of another model or lost channels, or training has begun.
         """
         if self._controller.taken:
             raise OptionError("a start must be given before the first step")
-        own = self.model.state_dict()
-        grids = (f"{QUANTIZERS}.", f"{BIASES}.", f"{NORMS}.")
-        given = result.model.state_dict()
+        check_start(result, own_shapes(self.model))
+        own, given = self.model.state_dict(), result.model.state_dict()
         found = {
             name: tensor
             for name, tensor in given.items()
-            if not name.startswith(grids) and name in own and own[name].shape == tensor.shape
+            if not name.startswith(ADDED) and name in own and own[name].shape == tensor.shape
         }
-        missing = [n for n, _ in self.model.named_parameters() if not n.startswith(grids)]
-        if missing := [name for name in missing if name not in found]:
-            raise OptionError(
-                f"start= is a result of another model: it has no {missing[0]} of shape "
-                f"{tuple(own[missing[0]].shape)}"
-            )
         self.model.load_state_dict(found, strict=False)
         forget_norms(self.model)
         self._start = result.cost.assignment

@@ -1,7 +1,8 @@
 """`sweep`: one model under many budgets, to see what accuracy costs.
 
 Budgets are ordered from the loosest to the tightest; each point starts from the weights and bits of
-its neighbour. With several jobs the order is cut into as many stretches, which run at once.
+its nearest neighbour that has all its channels, else from the model itself. With several jobs the
+order is cut into as many stretches, which run at once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -21,23 +22,26 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from cgmq_fx.artifact import check_kept, load
 from cgmq_fx.cost_models import (
     Budget,
     BudgetLike,
+    CostModel,
     Ledger,
     check_cost_models,
     check_feasible,
     highest_bits,
     parse_budget,
 )
-from cgmq_fx.cost_models.errors import OptionError
+from cgmq_fx.cost_models.errors import BoundError, CostModelError, OptionError
 from cgmq_fx.data import example_inputs_of
 from cgmq_fx.directions import Direction, direction_of
 from cgmq_fx.driver import DEFAULT_EPOCHS, quantize
 from cgmq_fx.graphs import float_graph, quantized_graph
-from cgmq_fx.identity import name_of
+from cgmq_fx.identity import digest_of, model_identity, name_of, own_shapes, pruned, start_identity
+from cgmq_fx.passes.capture import Captured
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.presets import TargetLike, deployment
 from cgmq_fx.result import Result
@@ -74,17 +78,21 @@ class _Task:
             model, budget, data, start=start, checkpoint=folder, progress=progress, **options
         )
 
-    def identity(self) -> dict[str, str]:
-        """What the points depend on, by name: the model's state, and options as far as told."""
-        digest = hashlib.sha256()
-        for name, tensor in _state(self.model).items():
-            digest.update(name.encode())
-            if isinstance(tensor, torch.Tensor):
-                data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                digest.update(data.numpy().tobytes())
+    def captured(self) -> Captured:
+        """The model as one graph in float."""
+        supervised = self.loss is not None
+        inputs = example_inputs_of(self.model, self.example_inputs, self.train_data, supervised)
+        return float_graph(self.model, inputs)
+
+    def identity(self, captured: Captured) -> dict[str, str]:
+        """What the points depend on, by name: the model, its inputs, options as far as told."""
+        own = model_identity(captured.module, captured.inputs, captured.dynamic, None)
         where = deployment(self.target)
         return {
-            "model": digest.hexdigest(),
+            "version of cgmq_fx or torch": repr(own.pop("versions")),
+            "kind of device": own.pop("device"),
+            "shape or dtype of inputs": repr(own.pop("inputs")),
+            "model": digest_of(own),
             "target": repr((where.preset.name, where.chip)),
             "scheme": repr(where.scheme(self.scheme)),
             "direction": direction_of(self.direction).name,
@@ -94,6 +102,47 @@ class _Task:
             "epochs": repr(self.epochs),
             "seed": repr(self.seed),
         }
+
+
+@dataclass(frozen=True)
+class _Points:
+    """Where points are kept, and what it takes to read them and to start from them.
+
+    Attributes:
+        folder: Has a file per point.
+        libraries: Other libraries whose ops the model calls.
+        shapes: Those of the model's parameters, by name.
+    """
+
+    folder: Path
+    libraries: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def file(self, budget: Budget) -> Path:
+        return self.folder / f"{hashlib.sha256(str(budget).encode()).hexdigest()[:16]}.safetensors"
+
+    def load(self, budget: Budget) -> Result:
+        models, file = [constraint.model for constraint in budget], self.file(budget)
+        try:
+            return load(file, libraries=self.libraries, cost_models=models)
+        except (BoundError, CostModelError) as error:
+            raise OptionError(
+                f"{file} was counted by another cost model, or with other arguments: {error}; "
+                "give another folder"
+            ) from error
+
+    def train(self, task: _Task, budget: Budget, start: Result | None, progress: bool) -> Result:
+        """Train a point and keep it; a run goes on only from the start that it began with."""
+        file = self.file(budget)
+        running = file.with_name(f"{file.stem}-{digest_of(start_identity(start))}.run")
+        stopped = set(self.folder.glob(f"{file.stem}-*.run"))
+        if progress and stopped and running not in stopped:
+            note("its run that was stopped had another start; it is trained anew")
+        result = task.run(budget, start, running, progress=progress)
+        result.save(file)
+        for run in (running, *stopped):
+            shutil.rmtree(run, ignore_errors=True)
+        return result
 
 
 def sweep(
@@ -133,17 +182,20 @@ def sweep(
         progress: Whether to show progress.
         seed: Seed of all that is random.
         folder: Keeps a file per point, and checkpoints of the one that is trained. Called again
-            with the same model and options, a sweep continues where it was stopped, and takes
-            further budgets.
+            with the same model, shapes of inputs, options and versions, a sweep continues where it
+            was stopped, and takes further budgets. A point whose training was stopped is trained
+            anew if by then it has another neighbour to start from.
         jobs: How many points to train at once. By default one per device if the model is on one of
             several GPUs, else one. More need the package `loky`, and pass the model and the data to
             other processes.
 
     Returns:
-        The points, from the loosest budget to the tightest.
+        The points, from the loosest budget to the tightest. Each starts from the one before it; if
+        that lost channels (0 bits), from the last one that did not, else from the model itself.
 
     Raises:
-        CgmqError: As for `quantize`; if the folder holds another sweep, or there is no budget.
+        CgmqError: As for `quantize`; if the folder holds another sweep, there is no budget, or two
+            budgets read the same though their cost models have different arguments.
     """
     task = _Task(
         model,
@@ -159,34 +211,69 @@ def sweep(
         metric,
         seed,
     )
-    ordered, libraries = _ordered(task, budgets)
+    parsed = _parsed(task, budgets)
+    captured = task.captured()
+    identity = task.identity(captured)  # before quantizers are inserted
+    ordered, graph = _ordered(task, captured, parsed)
     with tempfile.TemporaryDirectory() as temporary:
         kept = Path(temporary if folder is None else folder)
-        _claim(kept, task.identity())
+        _claim(kept, identity)
+        points = _Points(kept, libraries_of(graph.graph), own_shapes(graph))
         workers = min(_jobs(jobs, model), len(ordered))
         if workers == 1:
-            _run_stretch(task, ordered, kept, libraries, progress)
+            _run_stretch(task, ordered, points, progress)
         else:
-            _run_parallel(task, ordered, kept, libraries, workers)
-        points = (SweepPoint(str(b), _point(kept, b, libraries), _kept(folder, b)) for b in ordered)
-        return Sweep(tuple(points))
+            _run_parallel(task, ordered, points, workers)
+        files = [None if folder is None else points.file(budget) for budget in ordered]
+        pairs = zip(ordered, files, strict=True)
+        return Sweep(tuple(SweepPoint(str(b), points.load(b), file) for b, file in pairs))
 
 
-def _ordered(task: _Task, budgets: Iterable[BudgetLike]) -> tuple[list[Budget], tuple[str, ...]]:
-    """The budgets, the loosest first, and the other libraries whose ops the model calls.
+def _parsed(task: _Task, budgets: Iterable[BudgetLike]) -> list[Budget]:
+    """The budgets as they are read where the model is to run; at least one."""
+    if isinstance(budgets, str) or not isinstance(budgets, Iterable):
+        raise OptionError(f"a sweep takes a list of budgets, not {budgets!r}")
+    chip = deployment(task.target).chip
+    parsed = [parse_budget(budget, chip) for budget in budgets]
+    if not parsed:
+        raise OptionError('a sweep needs budgets, such as ["bops <= 1%", "bops <= 0.5%"]')
+    return _unique(parsed)
+
+
+def _unique(budgets: Sequence[Budget]) -> list[Budget]:
+    """Each budget once.
+
+    Raises:
+        OptionError: If two of them read the same, but count by cost models that differ: points, and
+            the files that keep them, are told apart by what their budgets read.
+    """
+    found: dict[str, Budget] = {}
+    for budget in budgets:
+        pairs = zip(found.setdefault(str(budget), budget), budget, strict=True)
+        if not all(_alike(first.model, second.model) for first, second in pairs):
+            raise OptionError(
+                f"two budgets read {str(budget)!r}, but their cost models differ; sweep them "
+                "apart, each in a folder of its own, or give their cost models different names"
+            )
+    return list(found.values())
+
+
+def _alike(one: CostModel, other: CostModel) -> bool:
+    """Whether two cost models are of one class and hold the same, as far as can be told."""
+    try:
+        return one is other or bool(one.__reduce_ex__(2) == other.__reduce_ex__(2))
+    except (TypeError, ValueError, RuntimeError):  # it cannot be copied, or arrays are compared
+        return False
+
+
+def _ordered(
+    task: _Task, captured: Captured, parsed: Sequence[Budget]
+) -> tuple[list[Budget], GraphModule]:
+    """The budgets, the loosest first, and the model with quantizers, which are inserted in place.
 
     Each budget is known to be feasible, and the model to fit into a file.
     """
-    if isinstance(budgets, str) or not isinstance(budgets, Iterable):
-        raise OptionError(f"a sweep takes a list of budgets, not {budgets!r}")
-    place = deployment(task.target)
-    parsed = [parse_budget(budget, place.chip) for budget in budgets]
-    if not parsed:
-        raise OptionError('a sweep needs budgets, such as ["bops <= 1%", "bops <= 0.5%"]')
-    inputs = example_inputs_of(
-        task.model, task.example_inputs, task.train_data, task.loss is not None
-    )
-    graph, facts = quantized_graph(float_graph(task.model, inputs), place.scheme(task.scheme))
+    graph, facts = quantized_graph(captured, deployment(task.target).scheme(task.scheme))
     check_kept(graph)
 
     def looseness(budget: Budget) -> float:
@@ -197,9 +284,7 @@ def _ordered(task: _Task, budgets: Iterable[BudgetLike]) -> tuple[list[Budget], 
         pairs = zip(ledger.limits, ledger.totals, strict=True)
         return min(limit / total if total else 1.0 for limit, total in pairs)
 
-    unique = {str(budget): (looseness(budget), budget) for budget in parsed}
-    ordered = sorted(unique.values(), key=lambda pair: -pair[0])
-    return [budget for _, budget in ordered], libraries_of(graph.graph)
+    return sorted(parsed, key=looseness, reverse=True), graph
 
 
 def _claim(folder: Path, identity: dict[str, str]) -> None:
@@ -225,33 +310,24 @@ def _claim(folder: Path, identity: dict[str, str]) -> None:
         )
 
 
-def _run_stretch(
-    task: _Task,
-    budgets: Sequence[Budget],
-    folder: Path,
-    libraries: Collection[str],
-    progress: bool,
-) -> None:
-    """Train the points that are not there yet, each from the one before it."""
-    before: Result | None = None
+def _run_stretch(task: _Task, budgets: Sequence[Budget], points: _Points, progress: bool) -> None:
+    """Train the points that are not there yet, each from the last one that has all its channels."""
+    start: Result | None = None
     for number, budget in enumerate(budgets, 1):
-        file = _file(folder, budget)
-        if file.exists():
-            before = _point(folder, budget, libraries)
-            continue
-        if progress:
-            note(f"point {number} of {len(budgets)}: {budget}")
-        running = file.with_suffix(".run")
-        before = task.run(budget, before, running, progress=progress)
-        before.save(file)
-        shutil.rmtree(running, ignore_errors=True)
+        if points.file(budget).exists():
+            found = points.load(budget)
+        else:
+            if progress:
+                note(f"point {number} of {len(budgets)}: {budget}")
+            found = points.train(task, budget, start, progress)
+        if pruned(found, points.shapes) is None:
+            start = found
 
 
 def _run_parallel(
     task: _Task,
     budgets: Sequence[Budget],
-    folder: Path,
-    libraries: Collection[str],
+    points: _Points,
     workers: int,
 ) -> None:
     try:
@@ -264,7 +340,7 @@ def _run_parallel(
     cores = max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(workers) as pool:
         futures = [
-            pool.submit(_work, task, stretch, folder, libraries, index, cores)
+            pool.submit(_work, task, stretch, points, index, cores)
             for index, stretch in enumerate(_stretches(budgets, workers))
         ]
         try:
@@ -280,8 +356,7 @@ def _run_parallel(
 def _work(
     task: _Task,
     budgets: Sequence[Budget],
-    folder: Path,
-    libraries: Collection[str],
+    points: _Points,
     index: int,
     cores: int,
 ) -> None:
@@ -290,7 +365,7 @@ def _work(
     devices = _devices(task.model)
     if devices and isinstance(task.model, nn.Module):
         task.model.to(devices[index % len(devices)])
-    _run_stretch(task, budgets, folder, libraries, progress=False)
+    _run_stretch(task, budgets, points, progress=False)
 
 
 def _stretches(budgets: Sequence[Budget], count: int) -> Iterator[Sequence[Budget]]:
@@ -320,16 +395,3 @@ def _state(model: nn.Module | ExportedProgram) -> Mapping[str, Any]:
         model.state_dict if isinstance(model, ExportedProgram) else model.state_dict()
     )
     return found
-
-
-def _file(folder: Path, budget: Budget) -> Path:
-    return folder / f"{hashlib.sha256(str(budget).encode()).hexdigest()[:16]}.safetensors"
-
-
-def _point(folder: Path, budget: Budget, libraries: Collection[str]) -> Result:
-    models = [constraint.model for constraint in budget]
-    return load(_file(folder, budget), libraries=libraries, cost_models=models)
-
-
-def _kept(folder: str | Path | None, budget: Budget) -> Path | None:
-    return None if folder is None else _file(Path(folder), budget)

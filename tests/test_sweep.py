@@ -26,6 +26,7 @@ from cgmq_fx import (
     Result,
     Sweep,
     SweepPoint,
+    identity,
     sweeping,
 )
 from cgmq_fx.cost_models import Budget, parse_budget
@@ -118,6 +119,27 @@ def test_a_point_that_was_interrupted_continues(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.run"))
 
 
+@pytest.mark.parametrize(
+    ("further", "steps", "told"), [([], 8, False), (["bops <= 3%"], 30, True)], ids=["same", "more"]
+)
+def test_a_sweep_that_was_interrupted_takes_further_budgets(
+    further: list[str],
+    steps: int,
+    told: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    budgets = ["bops <= 6%", "bops <= 1%"]
+    options: dict[str, Any] = {"epochs": 3, "val_data": None, "progress": True}  # 15 steps a point
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, budgets, loss=Stopping(15 + 7), **options)
+    capsys.readouterr()
+    found = run(tmp_path, [*budgets, *further], loss=Stopping(steps), **options)
+    assert [len(point.result.history.steps) for point in found] == [15] * (2 + len(further))
+    assert not list(tmp_path.glob("*.run"))
+    assert ("had another start" in " ".join(capsys.readouterr().err.split())) is told
+
+
 def test_a_preset_is_known_by_its_name_in_another_process(tmp_path: Path) -> None:
     preset = cgmq_fx.PRESETS["onnxruntime"]
     options = {"epochs": 0, "budgets": ["bops <= 6%"]}
@@ -153,6 +175,36 @@ def test_cost_models_with_arguments_keep_them(
     assert loaded.cost.states[0].value == before
 
 
+@pytest.mark.parametrize(
+    "other",
+    [Priced(3.0), Priced(torch.ones(2)), type("Other", (Priced,), {})(1.0)],  # type: ignore[arg-type]
+    ids=["arguments", "tensors", "class"],
+)
+def test_budgets_that_read_the_same_but_count_otherwise_are_refused(other: Priced) -> None:
+    first = Priced(1.0 if isinstance(other.price, float) else other.price + 0)
+    with pytest.raises(OptionError, match=r"two budgets read 'priced <= 30%', but their cost mod"):
+        run(budgets=[first <= "30%", other <= "30%"], epochs=0)
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [(Priced(2.0), Priced(2.0)), (Priced(torch.ones(2)[0]),) * 2],  # type: ignore[arg-type]
+    ids=["equal", "the same"],
+)
+def test_a_budget_that_is_given_twice_is_one_point(twice: tuple[Priced, Priced]) -> None:
+    assert sweeping._unique([Budget((one <= "30%",)) for one in twice])[1:] == []
+
+
+@pytest.mark.parametrize("price", [1.0, 3.0])
+def test_a_point_that_another_cost_model_counted_is_not_taken(
+    price: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_REGISTRY", {**registry._REGISTRY, "priced": Priced})
+    run(budgets=[Priced(2.0) <= "30%"], folder=tmp_path, epochs=0)
+    with pytest.raises(OptionError, match=r"by another cost model, or .* give another folder"):
+        run(budgets=[Priced(price) <= "30%"], folder=tmp_path, epochs=0)
+
+
 def test_what_no_file_can_hold_is_found_before_training() -> None:
     batches = [torch.randn(4, 8)]
     with pytest.raises(ArtifactError, match=r"inner\.0"):
@@ -168,6 +220,47 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path: Path) -> None:
         run(tmp_path, ["bops <= 6%"], epochs=1, seed=1)
     (tmp_path / "sweep.json").write_text("{}")
     with pytest.raises(OptionError, match=r"sweep\.json is no record of a sweep"):
+        run(tmp_path, ["bops <= 6%"], epochs=0)
+
+
+def pooled(activation: nn.Module) -> nn.Module:
+    """A net for images of any size; its state is the same with every activation."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(1, 4, 3), activation, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("other", "size", "text"),
+    [
+        (nn.ReLU(), 16, "another shape or dtype of inputs"),
+        (nn.Tanh(), 8, "another model; give another"),
+    ],
+    ids=["larger inputs", "same state, other ops"],
+)
+def test_points_of_a_model_with_the_same_state_are_not_taken(
+    other: nn.Module, size: int, text: str, tmp_path: Path
+) -> None:
+    def swept(net: nn.Module, size: int) -> Sweep:
+        options: dict[str, Any] = {"epochs": 0, "progress": False, "folder": tmp_path}
+        return cgmq_fx.sweep(net, ["bops <= 60%"], [torch.rand(2, 1, size, size)], **options)
+
+    kept = swept(pooled(nn.ReLU()), 8)
+    with pytest.raises(OptionError, match=f"holds a sweep with {text}"):
+        swept(pooled(other), size)
+    assert swept(pooled(nn.ReLU()), 8)[0].costs == kept[0].costs
+
+
+@pytest.mark.parametrize("name", ["torch", "cgmq_fx"])
+def test_points_of_another_version_are_not_taken(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, ["bops <= 6%"], epochs=0)
+    if name == "torch":
+        monkeypatch.setattr(torch, "__version__", "2.0.0")
+    else:
+        monkeypatch.setattr(identity, "own_version", lambda: "0.0.1")
+    with pytest.raises(OptionError, match="with another version of cgmq_fx or torch; give another"):
         run(tmp_path, ["bops <= 6%"], epochs=0)
 
 
@@ -260,7 +353,7 @@ def test_jobs_take_the_devices_in_turn(
     before = [parameter.device for parameter in net.parameters()]
     budgets = [parse_budget(budget) for budget in BUDGETS]
     for index in range(3):
-        sweeping._work(Mock(model=net), budgets[index : index + 1], tmp_path, (), index, 1)
+        sweeping._work(Mock(model=net), budgets[index : index + 1], Mock(), index, 1)
     assert trained == [[budget] for budget in budgets]
     assert [str(device) for device in getattr(net, "moves", [])] == place
     assert [parameter.device for parameter in net.parameters()] == before
@@ -326,6 +419,39 @@ def test_a_start_of_another_model_is_refused() -> None:
     other = cgmq_fx.prepare(nn.Linear(3, 3), "bops <= 50%", torch.rand(2, 3)).finalize()
     with pytest.raises(OptionError, match="a result of another model"):
         cgmq_fx.quantize(model(), "bops <= 50%", data(), start=other, epochs=1, progress=False)
+
+
+PRUNABLE: dict[str, Any] = {
+    "scheme": cgmq_fx.Scheme(bit_widths=(0, 2, 4), weights="channel"),
+    "progress": False,
+    "epochs": 0,
+}
+
+
+def test_what_lost_channels_is_no_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: dict[str, str | None] = {}
+
+    def spied(model: Any, budget: Budget, *args: Any, start: Any, **options: Any) -> Result:
+        starts[str(budget)] = None if start is None else str(start.budget)
+        return cgmq_fx.quantize(model, budget, *args, start=start, **options)
+
+    monkeypatch.setattr(sweeping, "quantize", spied)
+    budgets = ["bops <= 2%", "bops <= 0.5%", "bops <= 0.3%", "bops <= 0.2%"]
+    for further in ([budgets[1]], budgets[:3], budgets):  # those that are there are read again
+        found = cgmq_fx.sweep(model(), further, data(), folder=tmp_path, **PRUNABLE)
+    widths = [len(point.result.model.get_parameter("0.weight")) for point in found]
+    assert widths[0] == 4 > max(widths[1:])
+    assert starts == dict.fromkeys(budgets[2:], budgets[0]) | dict.fromkeys(budgets[:2])
+
+
+def test_a_start_that_lost_channels_is_refused() -> None:
+    short = cgmq_fx.quantize(model(), "bops <= 0.5%", data(), **PRUNABLE)
+    text = r"lost channels, which were pruned.* its 0\.weight has shape \(\d, 3\), not \(4, 3\)"
+    with pytest.raises(OptionError, match=text):
+        cgmq_fx.quantize(model(), "bops <= 0.3%", data(), start=short, **PRUNABLE)
+    whole = cgmq_fx.quantize(model(), "bops <= 2%", data(), **PRUNABLE)
+    again = cgmq_fx.quantize(model(), "bops <= 0.5%", data(), start=whole, **PRUNABLE)
+    assert again.cost.satisfied
 
 
 def test_a_start_gives_weights_and_bits() -> None:
