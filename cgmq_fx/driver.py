@@ -80,7 +80,8 @@ def quantize(
         budget: What the result may cost at most, for example `"bops <= 0.4%, weights <= 64 KiB"`.
         train_data: Re-iterable batches: tensors, `(inputs, target)`, tuples or dicts. Without it
             the float model teaches the quantized one on random inputs.
-        loss: `loss(output, target)`; without it the float model is the teacher.
+        loss: `loss(output, target)`, a tensor with one element; `output` is what the model returns.
+            Without it the float model is the teacher.
         val_data: Batches to measure on after every epoch.
         epochs: Passes over the data; the first part searches bit-widths, the rest tunes. With 0
             ranges are calibrated and bit-widths chosen without training.
@@ -89,14 +90,19 @@ def quantize(
         direction: Which way gates move, by name or a `Direction`.
         target: Where it is to run: a preset (`"onnxruntime"`, `"fpga"`, `"xnnpack"`, `"litert"`),
             a chip for latency and energy (a name, a file or a `Target`), or a sequence of both.
-        optimizer: Makes an optimizer of parameter groups.
-        metric: `metric(output, target)` on validation data; accuracy where it applies by default.
+        optimizer: Makes an optimizer of parameter groups. Each has an `lr` of its own, which suits
+            its tensors and wins over the argument of the optimizer: set another by
+            `lambda groups: SGD([{**g, "lr": 0.01} for g in groups])`. All rates rise at first, and
+            fall to zero as a cosine after the search.
+        metric: `metric(output, target)` on validation data, a number per batch, averaged over
+            samples, `"metric"` in `Result.metrics`; accuracy where it applies by default.
         callbacks: Told about every step and epoch.
         progress: Whether to show progress on the terminal.
         seed: Seed of all that is random: inputs where there is no data, dropout, shuffling. The
             global random state is left as it was. Calls from several threads take turns; use
             processes to quantize several models at once.
-        start: A result of the same model under another budget: weights and bit-widths start there.
+        start: A result of the same model under another budget, without pruned channels: weights
+            and bit-widths start there.
         checkpoint: A folder to keep the run in, every five minutes, or a `Checkpoint` that says how
             often. The same call resumes it and ends with the same result, bit by bit, as if it had
             not been interrupted, if the data comes in the same order; a finished run is not
@@ -194,7 +200,8 @@ def _check_options(
 _CALLS = {
     "loss": "loss(output, target), such as torch.nn.functional.cross_entropy",
     "metric": "metric(output, target)",
-    "optimizer": "optimizer(groups), such as lambda groups: torch.optim.SGD(groups, 0.01)",
+    "optimizer": "optimizer(groups), such as "
+    "lambda groups: torch.optim.SGD([{**g, 'lr': 0.01} for g in groups])",
 }
 
 

@@ -177,7 +177,7 @@ def sweep(
         scheme: Bit-widths and granularity.
         direction: Which way gates move.
         target: Where the model is to run.
-        optimizer: Makes an optimizer of parameter groups.
+        optimizer: Makes an optimizer of parameter groups, as for `quantize`.
         metric: `metric(output, target)`, higher is better.
         progress: Whether to show progress.
         seed: Seed of all that is random.

@@ -45,7 +45,8 @@ class WeightMemory(CostModel):
     """Bytes of everything that the model stores, each tensor once, in bits as stored.
 
     Weights count at the bits of their quantizers, biases as 32-bit integers, everything that is not
-    quantized (embeddings, normalisation, constants) at the bits of its dtype, float64 at 32.
+    quantized (normalisation, constants) at the bits of its dtype, float64 at 32. A tensor that is
+    kept in two forms, rounded and in float, counts in both.
     """
 
     name = "weights"

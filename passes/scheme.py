@@ -35,11 +35,13 @@ class Scheme:
     the tensor that it reads. A pattern that matches nothing is an error.
 
     Attributes:
-        bit_widths: The bit-widths that a gate may take, ascending; 0 prunes, 32 is float. Tensors
-            that only element-wise ops read take those of 2 to 8 bits, 8 if there is none.
-        weights: Gates of weights: per tensor, per output channel or per element.
+        bit_widths: The bit-widths that a gate may take, a tuple of 0 (prunes), 2 to 16 and 32
+            (float), ascending. Tensors that only element-wise ops read take those of 2 to 8 bits,
+            8 if there is none.
+        weights: Gates of weights: per tensor, per output channel or per element. Tables that are
+            only looked up (embeddings) have one.
         activations: Gates of activations: per tensor or per channel.
-        weight_ranges: Ranges of weights: per tensor or per output channel.
+        weight_ranges: Ranges of weights: per tensor or per output channel (of tables, per row).
         input_bits: Fixes the network's inputs at this bit-width, or what becomes of them by sums
             and products with constants, where that is quantized; None lets the search decide. An
             error if neither is.

@@ -38,12 +38,12 @@ _OPTIONS = (
 _P = ParamSpec("_P")
 
 
-def reported(command: Callable[_P, None], status: int | None = None) -> Callable[_P, None]:
+def reported(command: Callable[_P, None], unreadable: int = MISUSED) -> Callable[_P, None]:
     """Turn an error of the library into one short paragraph and an exit status.
 
     Args:
         command: What may fail.
-        status: The exit status of every error; by default it depends on the error.
+        unreadable: The exit status where a file is not what it should be.
     """
 
     @wraps(command)
@@ -58,7 +58,7 @@ def reported(command: Callable[_P, None], status: int | None = None) -> Callable
         except CgmqError as error:
             text = error.args[0] if error.args else error  # without the hint on `result`
             click.echo(_paragraph(f"error: {_with_options(str(text))}"), err=True)
-            raise SystemExit(_status(error) if status is None else status) from None
+            raise SystemExit(_status(error, unreadable)) from None
         except KeyboardInterrupt:
             click.echo("stopped", err=True)
             raise SystemExit(INTERRUPTED) from None
@@ -66,9 +66,16 @@ def reported(command: Callable[_P, None], status: int | None = None) -> Callable
     return run
 
 
-def _status(error: Exception) -> int:
-    from cgmq_fx.cost_models.errors import BoundError, InfeasibleBudgetError, TrainingError
+def _status(error: Exception, unreadable: int) -> int:
+    from cgmq_fx.cost_models.errors import (
+        ArtifactError,
+        BoundError,
+        InfeasibleBudgetError,
+        TrainingError,
+    )
 
+    if isinstance(error, ArtifactError):
+        return unreadable
     if isinstance(error, InfeasibleBudgetError | BoundError):
         return INFEASIBLE
     return FAILED if isinstance(error, TrainingError) else MISUSED

@@ -17,14 +17,17 @@ from cgmq_fx.cli.common import INFEASIBLE, reported
 @click.option("--budget", help="The bounds to check; by default those that the file states.")
 @click.option("--target", help="The chip for latency and energy: a name or a JSON file.")
 @options.loudness
-@partial(reported, status=INFEASIBLE)
+@partial(reported, unreadable=INFEASIBLE)
 def command(file: Path, budget: str | None, target: str | None, quiet: bool, as_json: bool) -> None:
     """Check what an exported FILE costs, from the file alone.
 
     Bits are read from its tensors and clamps, multiply-accumulates from its shapes. It needs
     neither the model's source nor the training code, and nothing in the file is executed. Where the
-    file's certificate lies beside it, it must be the file that was certified. The exit status is 0
-    if every bound holds, and 1 if one does not or if it cannot be verified.
+    file's certificate lies beside it, it must be the file that was certified.
+
+    \b
+    Exit status: 0 every bound holds; 1 one does not, or the file cannot be
+    verified; 2 a mistake in the command.
 
     \b
     Example:

@@ -21,7 +21,7 @@ from cgmq_fx.cost_models.errors import ArtifactError, BoundError, ExportError
 from cgmq_fx.cost_models.tables import TableModel
 from cgmq_fx.exporters.agreement import Agreement
 from cgmq_fx.exporters.cost_graph import Layout, Manifest
-from cgmq_fx.exporters.exporter import Exporter, find_exporter
+from cgmq_fx.exporters.exporter import Exporter, exporter_of
 from cgmq_fx.exporters.layer_names import layer_names
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.quantizer import Quantizer
@@ -142,6 +142,9 @@ def verify(
         budget: The bounds; by default those that the file states itself.
         target: The chip for latency and energy: a name, a file or a `Target`.
 
+    Returns:
+        What the file costs, and whether every bound holds.
+
     Raises:
         ArtifactError: If the file cannot be read, is not one that this library wrote, or is not the
             one of its certificate, or does not cost what that states.
@@ -154,10 +157,7 @@ def verify(
         content = path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
-    try:
-        exporter = find_exporter(path, None)
-    except ExportError as error:
-        raise ArtifactError(str(error)) from error
+    exporter = exporter_of(path)
     digest = hashlib.sha256(content).hexdigest()
     stated = _stated(path, digest)
     try:

@@ -210,11 +210,24 @@ def find_exporter(path: Path, name: str | None) -> Exporter:
         if name not in known:
             raise ExportError(f"there is no format {name!r}; there are {', '.join(known)}")
         return known[name]
-    for exporter in known.values():
+    try:
+        return exporter_of(path)
+    except ArtifactError as error:
+        raise ExportError(f"{error} or pass format=, one of {', '.join(known)}") from error
+
+
+def exporter_of(path: Path) -> Exporter:
+    """The format that the suffix of a file stands for.
+
+    Raises:
+        ArtifactError: If it stands for none.
+    """
+    known = exporters().values()
+    for exporter in known:
         if path.suffix.lower() == exporter.suffix:
             return exporter
-    suffixes = dict.fromkeys(e.suffix for e in known.values())
-    raise ExportError(
+    suffixes = dict.fromkeys(e.suffix for e in known)
+    raise ArtifactError(
         f"cannot tell the format of {path.name!r}: its suffix is none of {', '.join(suffixes)}; "
-        f"rename it or pass format=, one of {', '.join(known)}"
+        "rename it"
     )
