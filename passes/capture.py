@@ -13,6 +13,7 @@ import copy
 import logging
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, is_dataclass, replace
 from functools import wraps
 from typing import Any
@@ -88,8 +89,8 @@ def capture(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Captur
         own_inputs = inputs.to(device_of(module))
         return _captured(module, own_inputs, dynamic=True)
     own = _copy(model).eval()
-    inputs = inputs.to(device_of(own)).map(torch.clone).at_least_two()
-    _plain_output(own, _call(own, inputs))
+    inputs, output = _accepted(own, inputs.to(device_of(own)).map(torch.clone))
+    _plain_output(own, output)
     found = _Attempts(own, inputs).run()
     _report(own, found)
     return found
@@ -211,6 +212,14 @@ def _copy(model: nn.Module) -> nn.Module:
             "your model stays as it is. Delete what cannot be copied from its attributes first (an "
             "open file, a lock, a hook that holds one)"
         ) from error
+
+
+def _accepted(model: nn.Module, inputs: ExampleInputs) -> tuple[ExampleInputs, Any]:
+    """The inputs with two samples, if the model takes those, else as they are; and its output."""
+    for more in inputs.doubled():
+        with suppress(CaptureError):
+            return more, _call(model, more)
+    return inputs, _call(model, inputs)
 
 
 def _call(model: nn.Module, inputs: ExampleInputs) -> Any:

@@ -76,11 +76,19 @@ class ExampleInputs:
         """The same with all tensors on `device`, detached, and none of them of inference mode."""
         return self.map(lambda t: (t.clone() if t.is_inference() else t.detach()).to(device))
 
-    def at_least_two(self) -> ExampleInputs:
-        """The same with a batch of 1 repeated to 2: export takes a size of 1 for a constant."""
+    def doubled(self) -> tuple[ExampleInputs, ...]:
+        """A batch of 1 repeated to 2: export takes a size of 1 for a constant.
+
+        Returns:
+            What may be the same with two samples: all tensors with a batch repeated, or only those
+            of most dimensions, as a scale of shape (1,) has none. Empty for any other batch.
+        """
         if self.batch != 1:
-            return self
-        return self._map_batched(lambda t: torch.cat([t, t]))
+            return ()
+        widest = max(t.dim() for t in self.tensors)
+        found = self._map_batched(lambda t: torch.cat([t, t]))
+        least = self._map_batched(lambda t: torch.cat([t, t]) if t.dim() == widest else t)
+        return (found,) if found.axes == least.axes else (found, least)
 
     def rows(self, start: int, stop: int) -> ExampleInputs:
         """The same with these samples of the batch only."""

@@ -96,6 +96,7 @@ UNROLLED = 16 * (5 * 8 + 4 * 4)  # 4 gates of 4; 8 inputs in 5 steps, 4 states i
     ("model", "shape", "expected"),
     [
         pytest.param(nn.Conv2d(3, 4, 3), (3, 8, 8), CONV, id="an image"),
+        pytest.param(nn.Conv2d(1, 4, 3), (1, 8, 8), CONV / 3, id="an image of one channel"),
         pytest.param(nn.Conv2d(3, 4, 3), (1, 3, 8, 8), CONV, id="a batch of one image"),
         pytest.param(nn.ConvTranspose1d(3, 2, 2), (3, 5), 3 * 5 * 2 * 2, id="transposed"),
         pytest.param(nn.Linear(8, 4), (8,), 32, id="a vector"),
@@ -160,3 +161,46 @@ def test_a_file_of_before_has_a_batch_if_all_sizes_agree(
     del header["budget"][0]["counted"]
     header["budget"][0]["value"] = 1.0  # without a batch, it is twice as much
     assert cgmq_fx.load(write(tmp_path / "old", header, tensors)).inputs.batch == batch
+
+
+class One(nn.Module):
+    """Takes one sample only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.inner(x.reshape(1, 8)))
+
+
+def test_one_sample_is_enough_for_a_model_that_takes_no_more() -> None:
+    captured = float_graph(One(), ExampleInputs((torch.rand(1, 8),)))
+    assert not captured.dynamic
+    assert captured.inputs.batch == 1
+    assert macs(One(), torch.rand(1, 8)) == 32
+
+
+def test_a_scale_of_one_number_is_not_repeated_with_the_batch() -> None:
+    given = {"x": torch.rand(1, 8), "scale": torch.rand(1)}
+    captured = float_graph(Scaled(), ExampleInputs((), given))
+    assert captured.dynamic
+    assert [tuple(t.shape) for t in captured.inputs.tensors] == [(2, 8), (1,)]
+    assert macs(Scaled(), given) == 88
+
+
+def test_what_fails_is_told_of_the_inputs_that_were_given() -> None:
+    with pytest.raises(cgmq_fx.CaptureError, match=r"example inputs \(\(1, 7\) torch.float32\)"):
+        cgmq_fx.cost(One(), torch.rand(1, 7))
+
+
+@pytest.mark.parametrize(("model", "shape"), [(One(), (1, 8)), (nn.Linear(8, 4), (8,))])
+def test_a_model_of_one_size_is_exported(
+    model: nn.Module, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    data = [torch.rand(shape) for _ in range(3)]
+    result = cgmq_fx.quantize(model, "macs <= 100%, bops <= 30%", data, progress=False)
+    found = cgmq_fx.export(result, tmp_path / "model.onnx").certificate
+    assert found.agreement is not None
+    assert found.agreement.holds
+    assert result.cost["macs"].value == 32
