@@ -98,6 +98,28 @@ class ExampleInputs:
         axes = iter(self.axes)
         return self.map(lambda t: function(t) if next(axes) else t)
 
+    def arranged(self, like: ExampleInputs, names: Sequence[str]) -> ExampleInputs:
+        """The same arguments in the form of others: positional where those are, in their order.
+
+        Args:
+            like: The others.
+            names: Names of the positional parameters, at least.
+
+        Returns:
+            The arguments as they are if they are not the same ones.
+        """
+        own, others = self._by_name(names), like._by_name(names)
+        if own.keys() != others.keys():
+            return self
+        values = _ordered(own, others)
+        args = tuple(values[name] for name in names[: len(like.args)])
+        found = ExampleInputs(args, {name: values[name] for name in like.kwargs})
+        same = len(found.tensors) == len(like.tensors)
+        return replace(found, batched=like.batched if same else None)
+
+    def _by_name(self, names: Sequence[str]) -> dict[str, Any]:
+        return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
+
     def map(self, function: Callable[[Tensor], Tensor]) -> ExampleInputs:
         """The same with `function` applied to every tensor."""
 
@@ -106,6 +128,13 @@ class ExampleInputs:
 
         args, kwargs = pytree.tree_map(apply, (self.args, dict(self.kwargs)))
         return replace(self, args=args, kwargs=kwargs)
+
+
+def _ordered(value: Any, like: Any) -> Any:
+    """A value whose dicts have their keys in the order of another's, where they have the same."""
+    if type(value) is dict and isinstance(like, Mapping) and value.keys() == like.keys():
+        return {key: _ordered(value[key], own) for key, own in like.items()}
+    return value
 
 
 def _common_size(tensors: Sequence[Tensor]) -> int | None:
