@@ -10,7 +10,7 @@ import base64
 import json
 import zlib
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import isclose
 from pathlib import Path
 from typing import Any, get_args
@@ -288,6 +288,7 @@ def _inputs_to_json(inputs: ExampleInputs) -> dict[str, Any]:
     return {
         "args": [_input_to_json(a) for a in inputs.args],
         "kwargs": {k: _input_to_json(v) for k, v in inputs.kwargs.items()},
+        "batched": None if inputs.batched is None else list(inputs.batched),
     }
 
 
@@ -305,7 +306,14 @@ def _input_to_json(value: Any) -> Any:
 
 def _inputs_from_json(data: Mapping[str, Any]) -> ExampleInputs:
     args = tuple(_input_from_json(a) for a in data["args"])
-    return ExampleInputs(args, {str(k): _input_from_json(v) for k, v in data["kwargs"].items()})
+    kwargs = {str(k): _input_from_json(v) for k, v in data["kwargs"].items()}
+    inputs = ExampleInputs(args, kwargs)
+    count, known = len(inputs.tensors), data.get("batched")
+    if known is None:  # written before this was, when sizes had to agree
+        return inputs if inputs.agrees else replace(inputs, batched=(False,) * count)
+    if len(known) != count or any(type(own) is not bool for own in known):
+        raise ValueError("it does not say for each input whether it has a batch")
+    return replace(inputs, batched=tuple(known))
 
 
 def _input_from_json(data: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -57,12 +57,14 @@ class Signature:
     Attributes:
         required: Fewest positional inputs.
         most: Most positional inputs.
-        names: Names of the parameters.
+        names: Names of the parameters, those that may be positional first.
+        form: Inputs in whose form and order the model has to be called, if it has to.
     """
 
     required: int
     most: int
     names: tuple[str, ...]
+    form: ExampleInputs | None = None
 
     @staticmethod
     def of(model: nn.Module | ExportedProgram) -> Signature:
@@ -81,7 +83,8 @@ class Signature:
     def like(inputs: ExampleInputs, names: tuple[str, ...]) -> Signature:
         """The signature that a model has when it is always called like `inputs`."""
         count = len(inputs.args)
-        return Signature(count, count, tuple(inputs.kwargs) or names)
+        own = (*names[:count], *inputs.kwargs) if inputs.kwargs else names
+        return Signature(count, count, own, inputs)
 
 
 def split_batch(batch: Any, signature: Signature, supervised: bool) -> Batch:
@@ -102,7 +105,9 @@ def split_batch(batch: Any, signature: Signature, supervised: bool) -> Batch:
             f"{_NO_TARGET if isinstance(batch, Mapping) else ''}; make batches (inputs, target), "
             "or leave out loss= so that the float model is the teacher"
         )
-    return found
+    if signature.form is None:
+        return found
+    return replace(found, inputs=found.inputs.arranged(signature.form, signature.names))
 
 
 def _as_tensors(batch: Any) -> Any:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from cgmq_fx.cost_models import GraphFacts
 from cgmq_fx.passes.annotate import annotate
 from cgmq_fx.passes.attention import DecomposeAttention
+from cgmq_fx.passes.batch import fixed_axes
 from cgmq_fx.passes.bias import QuantizeBiases
 from cgmq_fx.passes.capture import Captured, ExampleInputs, capture
 from cgmq_fx.passes.complexes import DecomposeComplex
@@ -66,7 +67,11 @@ def normalised(captured: Captured) -> Captured:
         SwitchModes(),
         CompleteShapes(captured.inputs),
     ]
-    return replace(captured, module=run_passes(captured.module, passes))
+    module = run_passes(captured.module, passes)
+    inputs = captured.inputs
+    if not captured.dynamic:
+        inputs = replace(inputs, batched=fixed_axes(module, inputs))
+    return replace(captured, module=module, inputs=inputs)
 
 
 def quantized_graph(captured: Captured, scheme: Scheme) -> tuple[GraphModule, GraphFacts]:

@@ -342,12 +342,14 @@ class Run:
         found = batch.inputs.tensors
         if batch.inputs.batch == 0:
             raise DataError(f"a batch of {shapes_of(found)} has no samples; leave it out")
-        start = 1 if self.prepared.dynamic else 0
+        dynamic = self.prepared.dynamic
         if len(found) != len(expected.tensors) or any(
             a.shape[start:] != b.shape[start:] or a.is_floating_point() != b.is_floating_point()
-            for a, b in zip(found, expected.tensors, strict=True)
+            for a, b, start in zip(
+                found, expected.tensors, (dynamic and own for own in expected.axes), strict=True
+            )
         ):
-            free = "any batch size" if start else "the same batch size"
+            free = "any batch size" if dynamic else "the same batch size"
             raise DataError(
                 f"a batch of {shapes_of(found)} does not fit the model, which was captured with "
                 f"{shapes_of(expected.tensors)}; batches need the same shapes and kinds of dtypes, "

@@ -13,7 +13,8 @@ import copy
 import logging
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass
+from contextlib import suppress
+from dataclasses import dataclass, is_dataclass, replace
 from functools import wraps
 from typing import Any
 
@@ -31,8 +32,8 @@ from cgmq_fx.passes.inputs import ExampleInputs
 from cgmq_fx.passes.opaque import OpaqueCall, RestoreOpaque, culprit, stand_ins
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.passes.tracing import (
-    any_batch,
     assumptions,
+    free_axes,
     plain,
     quiet,
     trace,
@@ -51,7 +52,7 @@ class Captured:
 
     Attributes:
         module: The graph; its state is a copy, the user's model keeps its own.
-        inputs: The example inputs, on the model's device.
+        inputs: The example inputs, on the model's device; their `batched` is known if `dynamic`.
         dynamic: Whether it was captured for any batch size.
         steps: What was tried before, and why it failed, one line per attempt.
     """
@@ -86,10 +87,10 @@ def capture(model: nn.Module | ExportedProgram, inputs: ExampleInputs) -> Captur
         with quiet():
             module = plain(copy.deepcopy(model))
         own_inputs = inputs.to(device_of(module))
-        return Captured(module, own_inputs, any_batch(module, own_inputs))
+        return _captured(module, own_inputs, dynamic=True)
     own = _copy(model).eval()
-    inputs = inputs.to(device_of(own)).map(torch.clone).at_least_two()
-    _plain_output(own, _call(own, inputs))
+    inputs, output = _accepted(own, inputs.to(device_of(own)).map(torch.clone))
+    _plain_output(own, output)
     found = _Attempts(own, inputs).run()
     _report(own, found)
     return found
@@ -155,8 +156,7 @@ class _Attempts:
                     module = trace(self._model, self._inputs.map(torch.clone), dynamic)
                 module = run_passes(module, [RestoreOpaque(tuple(calls))])
                 note_training_dropout(module.graph, self._model, self._inputs)
-                free = dynamic and any_batch(module, self._inputs)
-                return Captured(module, self._inputs, free, tuple(self._steps))
+                return _captured(module, self._inputs, dynamic, self._steps)
             except Exception as failure:  # noqa: BLE001 - any failure means: try the next way
                 size = "any batch size" if dynamic else "the batch size of the example"
                 kept = f", {', '.join(opaque)} kept as they are" if opaque else ""
@@ -172,8 +172,7 @@ class _Attempts:
             except Exception as failure:  # noqa: BLE001 - the last way of all
                 self._steps.append(f"torch.export with the example's values: {_reason(failure)}")
                 continue
-            free = dynamic and any_batch(module, self._inputs)
-            return Captured(module, self._inputs, free, tuple(self._steps))
+            return _captured(module, self._inputs, dynamic, self._steps)
         return None
 
     def _run(self, module: GraphModule) -> None:
@@ -181,6 +180,14 @@ class _Attempts:
         inputs = self._inputs.map(torch.clone)
         with torch.no_grad():
             copy_graph(module)(*inputs.args, **inputs.kwargs)
+
+
+def _captured(
+    module: GraphModule, inputs: ExampleInputs, dynamic: bool, steps: Sequence[str] = ()
+) -> Captured:
+    """What was captured, with its batch if that was to be free and is."""
+    axes = free_axes(module, inputs) if dynamic else None
+    return Captured(module, replace(inputs, batched=axes), axes is not None, tuple(steps))
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -205,6 +212,14 @@ def _copy(model: nn.Module) -> nn.Module:
             "your model stays as it is. Delete what cannot be copied from its attributes first (an "
             "open file, a lock, a hook that holds one)"
         ) from error
+
+
+def _accepted(model: nn.Module, inputs: ExampleInputs) -> tuple[ExampleInputs, Any]:
+    """The inputs with two samples, if the model takes those, else as they are; and its output."""
+    for more in inputs.doubled():
+        with suppress(CaptureError):
+            return more, _call(model, more)
+    return inputs, _call(model, inputs)
 
 
 def _call(model: nn.Module, inputs: ExampleInputs) -> Any:

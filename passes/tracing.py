@@ -129,16 +129,40 @@ def plain(program: ExportedProgram) -> GraphModule:
     return module
 
 
-def any_batch(module: GraphModule, inputs: ExampleInputs) -> bool:
-    """Whether the batch size stayed free: export may find that the model insists on one."""
+def free_axes(module: GraphModule, inputs: ExampleInputs) -> tuple[bool, ...] | None:
+    """For each tensor of the inputs, whether its dimension 0 is a batch that export left free.
+
+    A tensor of fewer dimensions than the largest may do without: a scale per channel that is as
+    long as the batch by chance. One that has another size that is free leaves open which of the two
+    is the batch. Where the sizes do not agree, an output has to have the batch as well: the length
+    of a sequence is free, too, but is often gone at the end.
+
+    Returns:
+        None if the model insists on a size, or nothing tells which dimension is the batch.
+    """
     values = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
-    batch = inputs.batch
-    sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()]
-    given = [t.shape[0] for t in inputs.tensors if t.dim()]
-    if len(given) != len(sizes):
-        return bool(sizes) and all(map(is_free, sizes))
-    own = [size for size, known in zip(sizes, given, strict=True) if known == batch]
-    return bool(own) and all(map(is_free, own))
+    free = [_free_rows(v) for v in values if isinstance(v, Tensor)]
+    own, tensors = inputs.axes, inputs.tensors
+    if len(free) != len(tensors):
+        return None
+    widest = max((t.dim() for t in tensors), default=0)
+    rows = list(zip(free, own, tensors, strict=True))
+    fixed = any(batched and not is_open and t.dim() == widest for is_open, batched, t in rows)
+    other = any(is_open and not batched for is_open, batched, _ in rows)
+    if fixed or other or not (inputs.agrees or _returns_rows(module)):
+        return None
+    found = tuple(is_open and batched for is_open, batched, _ in rows)
+    return found if any(found) else None
+
+
+def _returns_rows(module: GraphModule) -> bool:
+    """Whether dimension 0 of some output is free."""
+    returned = module.graph.output_node().all_input_nodes
+    return any(_free_rows(node.meta.get("val")) for node in returned)
+
+
+def _free_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and is_free(value.shape[0])
 
 
 def is_free(size: int | torch.SymInt) -> bool:

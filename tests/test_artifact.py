@@ -204,6 +204,8 @@ EDITS: dict[str, tuple[Callable[[Header], Any], str]] = {
     "input shape": (lambda h: h["inputs"]["args"][0].update(shape=[2, 5]), "damaged"),
     "input dtype": (lambda h: h["inputs"]["args"][0].update(dtype="nn"), "is no dtype"),
     "missing input": (lambda h: h["inputs"].update(args=[]), "damaged"),
+    "batches": (lambda h: h["inputs"].update(batched=[True]), "whether it has a batch"),
+    "batch": (lambda h: h["inputs"].update(batched=[1]), "whether it has a batch"),
     # quantizers
     "width 1": (lambda h: quantizer(h, bit_widths=[1, 2]), "no quantizer can take"),
     "width -3": (lambda h: quantizer(h, bit_widths=[-3]), "no quantizer can take"),

@@ -275,3 +275,84 @@ def test_data_that_does_not_fit(
 def test_what_is_no_model_is_said() -> None:
     with pytest.raises(cgmq_fx.DataError, match=r"must be a torch\.nn\.Module .* not int"):
         cgmq_fx.prepare(7, "bops <= 5%", X)  # type: ignore[arg-type]
+
+
+class Sides(nn.Module):
+    """Two inputs of other shapes, and a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 4), nn.Linear(2, 4)
+
+    def forward(self, left: Tensor, right: Tensor, more: dict[str, Tensor]) -> Tensor:
+        found: Tensor = self.left(left) + self.right(right) * more["a"] + more["b"]
+        return found
+
+
+ORDERS = {
+    "forward": ("left", "right", "more", "y"),
+    "backward": ("y", "more", "right", "left"),
+    "mixed": ("right", "y", "left", "more"),
+}
+
+
+def sides(order: str) -> Any:
+    """A batch in that order."""
+    generator = torch.Generator().manual_seed(0)
+    keys = ("b", "a") if order == "backward" else ("a", "b")
+    more = {"a": torch.rand(4, 4, generator=generator), "b": torch.rand(4, 1, generator=generator)}
+    given: dict[str, Any] = {
+        "left": torch.rand(4, 3, generator=generator),
+        "right": torch.rand(4, 2, generator=generator),
+        "more": {key: more[key] for key in keys},
+        "y": torch.tensor([0, 1, 2, 3]),
+    }
+    return {key: given[key] for key in ORDERS[order]}
+
+
+def validated(train: str, val: str) -> Any:
+    """What training in one form, and validation in another, ends with."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"val_data": [sides(val)], "epochs": 1, "progress": False}
+    return cgmq_fx.quantize(
+        Sides(), "bops <= 50%", [sides(train)] * 2, loss=cross_entropy, **options
+    ).metrics
+
+
+@pytest.mark.parametrize("train", ["forward", "backward"])
+def test_batches_of_dicts_are_read_by_name(train: str) -> None:
+    expected = validated(train, train)
+    assert all(validated(train, order) == expected for order in ORDERS)
+
+
+class TwoSides(nn.Module):
+    """Two inputs of other shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 4), nn.Linear(2, 4)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        found: Tensor = self.left(left) + self.right(right)
+        return found
+
+
+def test_a_model_that_is_trained_by_position_is_called_by_name() -> None:
+    left, right, y = torch.rand(4, 3), torch.rand(4, 2), torch.tensor([0, 1, 2, 3])
+    by_name = [{"y": y, "right": right, "left": left}]
+    options: dict[str, Any] = {"val_data": by_name, "epochs": 1, "progress": False}
+    result = cgmq_fx.quantize(
+        TwoSides(), "bops <= 50%", [(left, right, y)] * 2, loss=cross_entropy, **options
+    )
+    output = result.model(left, right).detach()
+    assert result.metrics["loss"] == pytest.approx(float(cross_entropy(output, y)))
+    found = cgmq_fx.simulate(result, {"right": right, "left": left})
+    assert torch.equal(found.outputs[0], cgmq_fx.simulate(result, (left, right)).outputs[0])
+
+
+def test_what_is_called_by_position_and_by_name_is_read_by_name() -> None:
+    form = ExampleInputs((X,), {"scale": Y})
+    batch = split_batch({"t": T, "scale": Y, "x": X}, Signature.like(form, ("x", "scale")), True)
+    assert batch.inputs.args == (X,)
+    assert list(batch.inputs.kwargs) == ["scale"]
+    assert batch.target is T

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -220,7 +220,8 @@ def trial_batches(module: GraphModule, inputs: ExampleInputs, size: int) -> list
     for _ in range(max(size // (inputs.batch or 1), 1)):
         pairs = zip(leaves, limits, strict=True)
         drawn = [_saturating(leaf, limit, generator) for leaf, limit in pairs]
-        batches.append(ExampleInputs(*pytree.tree_unflatten(drawn, spec)))
+        args, kwargs = pytree.tree_unflatten(drawn, spec)
+        batches.append(replace(inputs, args=args, kwargs=kwargs))
     return batches
 
 

@@ -33,7 +33,7 @@ def onnx_refusal(captured: Captured) -> str | None:
     if random:
         return f"{random[0].name} draws random numbers, which no runtime draws as PyTorch does"
     module = run_passes(copy_graph(captured.module).cpu().eval(), [PoolsAsMeans()])
-    inputs = captured.inputs.to(torch.device("cpu")).at_least_two()
+    inputs = captured.inputs.to(torch.device("cpu"))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "trial.onnx"
         try:

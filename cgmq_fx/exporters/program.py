@@ -27,15 +27,14 @@ def exported_program(module: GraphModule, inputs: ExampleInputs) -> ExportedProg
 
     Args:
         module: The lowered graph, in evaluation mode.
-        inputs: Inputs to trace it with; a batch of 1 is traced as 2.
+        inputs: Inputs to trace it with; a batch of 1 is traced as 2, where the graph takes that.
 
     Raises:
         ExportError: If torch.export cannot trace it.
     """
-    inputs = inputs.at_least_two()
-    if inputs.batch is not None:
+    for given in inputs.doubled()[:1] or ((inputs,) if inputs.batch else ()):
         with suppress(Exception):  # whatever it is, a fixed batch is tried next
-            return _traced(module, inputs, free_batch(module, inputs))
+            return _traced(module, given, free_batch(module, given))
     try:
         return _traced(module, inputs, None)
     except Exception as error:

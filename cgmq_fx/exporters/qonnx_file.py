@@ -68,7 +68,7 @@ class QONNX(Exporter):
         from qonnx.transformation.infer_shapes import InferShapes
 
         model = ModelWrapper(str(path))
-        if len(model.graph.input) > 1:
+        if len(model.graph.input) > 1 or any(batch.batch is None for batch in batches):
             prepared = model.transform(InferShapes())
             return run_each(lambda tensors: _executed(prepared, tensors), batches)
         sizes = [batch.batch or 1 for batch in batches]  # one run: each one makes many sessions

@@ -1,0 +1,206 @@
+"""Which dimension of the inputs is the batch: costs are per sample, whatever the example is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cgmq_fx
+from cgmq_fx.graphs import float_graph
+from cgmq_fx.passes.inputs import ExampleInputs
+from tests.test_artifact import read, write
+
+
+class Fixed(nn.Module):
+    """Insists on a batch of 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(144, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.head(self.conv(x).reshape(4, -1)))
+
+
+class OneImage(nn.Module):
+    """Takes one image, and makes a batch of it itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(144, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.head(self.conv(x[None]).flatten(1))[0])
+
+
+class Mixed(nn.Module):
+    """Attention of a sequence of fixed length, without a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.rand(8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.place
+        return (x @ x.T).softmax(-1) @ x
+
+
+class PerSample(nn.Module):
+    """A convolution with a filter for every sample, for a batch of 4 only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.make = nn.Linear(5, 27)
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        filters = self.make(style).reshape(4, 3, 3, 3)
+        return nn.functional.conv2d(x.reshape(1, 12, 8, 8), filters, groups=4)
+
+
+class Scaled(nn.Module):
+    """A scale per channel, which has no batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        x = self.inner(x)
+        return cast(Tensor, self.head(x if scale is None else x * scale))
+
+
+class Pooled(nn.Module):
+    """Sequences first, and queries that have the batch first: sizes do not agree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, query: Tensor) -> Tensor:
+        return cast(Tensor, (self.inner(x) * query).sum(0))
+
+
+def macs(model: nn.Module, inputs: Any) -> float:
+    return cgmq_fx.cost(model, inputs, "macs")["macs"].totals[32]
+
+
+CONV = 4 * 27 * 36  # outputs of 4 x 6 x 6, each of 27 products
+UNROLLED = 16 * (5 * 8 + 4 * 4)  # 4 gates of 4; 8 inputs in 5 steps, 4 states in all but the first
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "expected"),
+    [
+        pytest.param(nn.Conv2d(3, 4, 3), (3, 8, 8), CONV, id="an image"),
+        pytest.param(nn.Conv2d(1, 4, 3), (1, 8, 8), CONV / 3, id="an image of one channel"),
+        pytest.param(nn.Conv2d(3, 4, 3), (1, 3, 8, 8), CONV, id="a batch of one image"),
+        pytest.param(nn.ConvTranspose1d(3, 2, 2), (3, 5), 3 * 5 * 2 * 2, id="transposed"),
+        pytest.param(nn.Linear(8, 4), (8,), 32, id="a vector"),
+        pytest.param(nn.Linear(8, 4), (3, 8), 32, id="vectors"),
+        pytest.param(nn.Sequential(nn.Flatten(0), nn.Linear(12, 2)), (3, 4), 24, id="flattened"),
+        pytest.param(OneImage(), (3, 8, 8), CONV + 144 * 3, id="batched inside"),
+        pytest.param(Mixed(), (8, 6), 2 * 8 * 8 * 6, id="attention over dimension 0"),
+        pytest.param(nn.LSTM(8, 4), (5, 8), UNROLLED, id="a sequence, unrolled"),
+        pytest.param(Fixed(), (4, 3, 8, 8), CONV + 144 * 5, id="a batch that is fixed inside"),
+    ],
+)
+def test_dimension_0_is_the_batch_only_where_the_model_treats_it_as_one(
+    model: nn.Module, shape: tuple[int, ...], expected: float
+) -> None:
+    assert macs(model, torch.rand(shape)) == expected
+
+
+def test_a_fixed_batch_of_filters_is_a_batch() -> None:
+    found = macs(PerSample(), (torch.rand(4, 3, 8, 8), torch.rand(4, 5)))
+    assert found == 5 * 27 + 3 * 9 * 36 * 3 // 3  # 27 weights; one filter bank of 3 in, 1 out
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 8])
+def test_a_scale_without_a_batch_leaves_costs_per_sample(batch: int) -> None:
+    given = {"x": torch.rand(batch, 8), "scale": torch.ones(8)}
+    captured = float_graph(Scaled(), ExampleInputs((), given))
+    assert captured.dynamic
+    assert captured.inputs.batched == (True, False)
+    assert macs(Scaled(), given) == 88  # 8 * 8 + 8 * 3
+    assert macs(Scaled(), dict(reversed(given.items()))) == 88
+
+
+def test_a_length_that_is_gone_at_the_end_is_no_batch() -> None:
+    assert macs(Pooled(), (torch.rand(7, 4, 6), torch.rand(4, 6))) == 7 * 4 * 36
+
+
+def test_an_exported_program_of_one_size_has_its_batch_or_none() -> None:
+    image, images = torch.rand(3, 8, 8), torch.rand(2, 3, 8, 8)
+    for x in (image, images):
+        program = torch.export.export(nn.Conv2d(3, 4, 3).eval(), (x,), strict=False)
+        assert cgmq_fx.cost(program, x, "macs")["macs"].totals[32] == CONV
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 3, 8, 8)])
+def test_a_file_has_the_batch_that_was_found(shape: tuple[int, ...], tmp_path: Path) -> None:
+    data = [torch.rand(shape) for _ in range(4)]
+    result = cgmq_fx.quantize(nn.Conv2d(3, 4, 3), "macs <= 100%, bops <= 30%", data, progress=False)
+    result.save(path := tmp_path / "model.safetensors")
+    loaded = cgmq_fx.load(path)
+    assert result.cost["macs"].value == loaded.cost["macs"].value == CONV
+    assert loaded.inputs.batched == (len(shape) == 4,)
+
+
+@pytest.mark.parametrize(("scale", "batch"), [((2, 8), 2), ((8,), None)])
+def test_a_file_of_before_has_a_batch_if_all_sizes_agree(
+    scale: tuple[int, ...], batch: int | None, tmp_path: Path
+) -> None:
+    data = [{"x": torch.rand(2, 8), "scale": torch.rand(scale)} for _ in range(2)]
+    result = cgmq_fx.quantize(Scaled(), "bops <= 30%", data, progress=False)
+    header, tensors = read(result.save(tmp_path / "new"))
+    del header["inputs"]["batched"]
+    del header["budget"][0]["counted"]
+    header["budget"][0]["value"] = 1.0  # without a batch, it is twice as much
+    assert cgmq_fx.load(write(tmp_path / "old", header, tensors)).inputs.batch == batch
+
+
+class One(nn.Module):
+    """Takes one sample only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.inner(x.reshape(1, 8)))
+
+
+def test_one_sample_is_enough_for_a_model_that_takes_no_more() -> None:
+    captured = float_graph(One(), ExampleInputs((torch.rand(1, 8),)))
+    assert not captured.dynamic
+    assert captured.inputs.batch == 1
+    assert macs(One(), torch.rand(1, 8)) == 32
+
+
+def test_a_scale_of_one_number_is_not_repeated_with_the_batch() -> None:
+    given = {"x": torch.rand(1, 8), "scale": torch.rand(1)}
+    captured = float_graph(Scaled(), ExampleInputs((), given))
+    assert captured.dynamic
+    assert [tuple(t.shape) for t in captured.inputs.tensors] == [(2, 8), (1,)]
+    assert macs(Scaled(), given) == 88
+
+
+def test_what_fails_is_told_of_the_inputs_that_were_given() -> None:
+    with pytest.raises(cgmq_fx.CaptureError, match=r"example inputs \(\(1, 7\) torch.float32\)"):
+        cgmq_fx.cost(One(), torch.rand(1, 7))
+
+
+@pytest.mark.parametrize(("model", "shape"), [(One(), (1, 8)), (nn.Linear(8, 4), (8,))])
+def test_a_model_of_one_size_is_exported(
+    model: nn.Module, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    data = [torch.rand(shape) for _ in range(3)]
+    result = cgmq_fx.quantize(model, "macs <= 100%, bops <= 30%", data, progress=False)
+    found = cgmq_fx.export(result, tmp_path / "model.onnx").certificate
+    assert found.agreement is not None
+    assert found.agreement.holds
+    assert result.cost["macs"].value == 32
