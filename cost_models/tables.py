@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import fsum
-from typing import final
+from typing import ClassVar, final
 
 from cgmq_fx.cost_models.bits import NodeBits
 from cgmq_fx.cost_models.errors import BudgetError
@@ -22,6 +22,8 @@ class TableModel(CostModel):
     Wider pairs never cost less: the table is made monotone by taking, for every pair, the cheapest
     pair that holds it.
     """
+
+    figure: ClassVar[str]
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -47,7 +49,7 @@ class TableModel(CostModel):
         for count, weight, activation in bits.pairs:
             key = (node.op, node.groups == 1, weight, activation)
             if key not in self._prices:
-                found = self.target.price(node, weight, activation, price)
+                found = self.target.price(node, weight, activation, price, self.figure)
                 self._prices[key] = 0.0 if found is None else found[0]
             counts[self._prices[key]] = counts.get(self._prices[key], 0) + count
         if len(counts) < 2:  # not a mean of equals: rounded, it could exceed that of wider pairs
@@ -73,6 +75,7 @@ class Latency(TableModel):
     """
 
     name = "latency"
+    figure = "cycles per MAC, which latency is made of,"
     unit = "second"
 
     def node_cost(self, node: NodeFacts, bits: NodeBits) -> float:
@@ -92,6 +95,7 @@ class Energy(TableModel):
     """Joules: energy per MAC plus energy per byte moved."""
 
     name = "energy"
+    figure = "picojoules per MAC, which energy is made of,"
     unit = "joule"
 
     def node_cost(self, node: NodeFacts, bits: NodeBits) -> float:

@@ -85,7 +85,12 @@ class Target:
         raise TargetError(f"the target {self.name} has no figures for {kind} ({node.name})")
 
     def price(
-        self, node: NodeFacts, weight: int, activation: int, per_mac: Callable[[Row], float | None]
+        self,
+        node: NodeFacts,
+        weight: int,
+        activation: int,
+        per_mac: Callable[[Row], float | None],
+        figure: str = "figure",
     ) -> tuple[float, Row] | None:
         """What a product of two widths costs, and the pair that it runs as.
 
@@ -94,6 +99,7 @@ class Target:
             weight: Weight bits.
             activation: Activation bits.
             per_mac: Which figure of a row counts.
+            figure: What an error calls it.
 
         Returns:
             The least figure of all rows that hold both widths, and that row; None if a width is 0,
@@ -108,15 +114,16 @@ class Target:
         rows = [(f, r) for r in self.rows_for(node) if (f := per_mac(r)) is not None]
         if not rows:
             raise TargetError(
-                f"the target {self.name} has no such figure for {node.op} ({node.name})"
+                f"the target {self.name} has no {figure} for {node.op} ({node.name}); "
+                "`cgmq-fx targets` shows what it has"
             )
         splits = []
         for wide, deep in _widest(rows):
             parts = -(-weight // wide) * -(-activation // deep)
-            figure, row = _cheapest(rows, min(weight, wide), min(activation, deep))
-            splits.append((parts > 1, figure * parts, figure, row))
+            price, row = _cheapest(rows, min(weight, wide), min(activation, deep))
+            splits.append((parts > 1, price * parts, price, row))
         _, total, _, row = min(splits, key=lambda split: split[:2])
-        return max(total, *(figure for _, _, figure, _ in splits)), row
+        return max(total, *(price for _, _, price, _ in splits)), row
 
     @property
     def widest(self) -> int:
