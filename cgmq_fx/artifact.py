@@ -185,7 +185,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise OSError("it is no file")
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies: the last digits of products depend on where their factors lie in memory, and
+            # the file may change.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"{path} cannot be read as a safetensors file: {error}") from error
     if text is None:

@@ -48,7 +48,7 @@ def test_a_residual_network_needs_no_float() -> None:
 def test_what_needs_a_float_unit_is_named() -> None:
     result = deployed("transformer")
     found = simulate_graph(lower(result.model, result.inputs), result.inputs)
-    assert set(found.float_ops) == {"softmax", "layer_norm", "layer_norm_1"}
+    assert set(found.float_ops) == {"embedding", "softmax", "layer_norm", "layer_norm_1"}
 
 
 def test_cutting_off_is_lower_than_rounding() -> None:

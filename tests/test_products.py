@@ -58,7 +58,7 @@ def complex_product(x: Tensor, weight: Tensor) -> Tensor:
 # name: (model, shape without batch, MACs per sample)
 PRODUCTS: dict[str, tuple[nn.Module, Shape, int]] = {
     "mv": (Apply(torch.mv, 5), (5,), 5),
-    "dot": (Apply(lambda x, w: torch.dot(x.reshape(-1), w), 15), (5,), 15 // BATCH),
+    "dot": (Apply(lambda x, w: torch.dot(x.reshape(-1), w), 15), (5,), 15),  # over all samples
     "inner": (Apply(torch.inner, 4, 5), (5,), 4 * 5),
     "inner of a vector": (Apply(torch.inner, 5), (2, 5), 2 * 5),
     "inner of tokens": (Apply(torch.inner, 2, 4, 5), (6, 5), 6 * 8 * 5),
@@ -76,7 +76,7 @@ PRODUCTS: dict[str, tuple[nn.Module, Shape, int]] = {
     "conv_tbc": (
         Apply(lambda x, w: torch.conv_tbc(x, w, w[0, 0]), 2, 5, 4),
         (2, 5),
-        (2 * 2 * 4) * (2 * 5) // BATCH,  # time comes first: two steps of output, two sequences
+        (2 * 2 * 4) * (2 * 5),  # time comes first: two steps of output, two sequences
     ),
     "convolution": (Apply(lambda x, w: convolve(x, w, False), 4, 3, 3), (3, 6), (4 * 4) * (3 * 3)),
     "convolution back": (

@@ -21,7 +21,7 @@ from tests.nets import NETS, small_classifier
 SCHEMES = {
     "tensor": Scheme(),
     "channel": Scheme(weights="channel"),
-    "element": Scheme(weights="element", input_bits=8),
+    "element": Scheme(weights="element", output_bits=8),
 }
 
 
