@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cgmq_fx import UnsupportedModelError
 from tests.deploy_nets import assert_counted, assert_runs, deployed, inputs_of
+from tests.test_tables import words_in_few_bits
 
 pytest.importorskip(
     "executorch", reason="ExecuTorch is not installed: .pte files are neither written nor run"
@@ -44,3 +46,11 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="8 bits"):
         deployed("mlp", "w16").export(tmp_path / "net.pte")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ranges", ["channel", "tensor"])
+def test_tables_are_bytes_that_count_at_their_bits(ranges: Any, tmp_path: Path) -> None:
+    result = words_in_few_bits(ranges)
+    exported = result.export(tmp_path / "net.pte")
+    assert_counted(exported, result)
+    assert exported.certificate.states[0].value == result.cost.states[0].value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from benchmarks.op_nets import OPS
 from cgmq_fx import ExportError, prepare
 from tests.deploy_nets import SCHEMES, assert_counted, assert_runs, deployed, inputs_of
 from tests.nets import NETS
+from tests.test_tables import words_in_few_bits
 
 pytest.importorskip(
     "litert_torch",
@@ -88,3 +89,11 @@ def test_two_inputs_keep_their_order(tmp_path: Path) -> None:
     exported = result.export(tmp_path / "net.tflite")
     assert exported.agreement is not None
     assert exported.agreement.largest <= 1.01
+
+
+@pytest.mark.parametrize("ranges", ["channel", "tensor"])
+def test_tables_are_bytes_that_count_at_their_bits(ranges: Any, tmp_path: Path) -> None:
+    result = words_in_few_bits(ranges)
+    exported = result.export(tmp_path / "net.tflite")
+    assert_counted(exported, result)
+    assert exported.certificate.states[0].value == result.cost.states[0].value

@@ -1,7 +1,7 @@
 """Tables that are looked up: quantized like weights, within the bounds of weight memory."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -49,6 +49,16 @@ def table_of(model: nn.Module, scheme: cgmq_fx.Scheme | None = None) -> list[Qua
     module, _ = quantized(model, TOKENS, scheme or cgmq_fx.Scheme())
     found = module.get_submodule(QUANTIZERS).named_children()
     return [cast(Quantizer, q) for name, q in found if name in ("table_weight", "left_weight")]
+
+
+def words_in_few_bits(ranges: Any) -> cgmq_fx.Result:
+    """For runtimes that keep bytes: a table of fewer than 8 bits, all else of at most 8."""
+    scheme = cgmq_fx.Scheme(bit_widths=(2, 4, 8), output_bits=8, weight_ranges=ranges)
+    prepared = cgmq_fx.prepare(Words(), "weights <= 20%", TOKENS, scheme=scheme)
+    prepared.calibrate(DATA)
+    result = prepared.finalize()
+    assert result.cost.assignment["table_weight"] < 8
+    return result
 
 
 def test_a_table_has_one_gate_and_a_range_for_every_row() -> None:

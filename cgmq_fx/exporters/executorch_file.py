@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, final
@@ -36,6 +37,8 @@ class ExecuTorch(Exporter):
                 XnnpackPartitioner,
             )
             from executorch.exir import to_edge_transform_and_lower
+
+            importlib.import_module("executorch.kernels.quantized")  # out variants of its ops
 
         sample = first_sample(source.inputs)
         module = contained(source.lowered)

@@ -240,7 +240,9 @@ class _Plan:
         """Codes of values and values of codes, outside of XNNPACK."""
         source = self._operand(places[0])
         if not isinstance(source, Value):
-            raise ArtifactError("a constant is quantized when the file runs")
+            found = self._table(name, source, places[1:4])
+            self._values[places[-1]] = self._builder.weight(found, found.axis)
+            return
         if name == "dequantize_per_tensor":
             self._values[places[-1]] = source
             return
@@ -249,6 +251,18 @@ class _Plan:
         step, zero, low, high = (self._argument(place) for place in places[1:5])
         grid = Grid(float(step), int(low) - int(zero), int(high) - int(zero))
         self._values[places[-1]] = self._builder.rounded(source, grid)
+
+    def _table(self, name: str, codes: Constant, places: list[int]) -> Constant:
+        """A constant that the file keeps as codes, and multiplies with its steps when it runs."""
+        if name not in ("dequantize_per_tensor", "dequantize_per_channel"):
+            raise ArtifactError("a constant is quantized when the file runs")
+        step, zero, axis = (self._argument(place) for place in places)
+        whole = name == "dequantize_per_tensor"
+        steps = np.array([step]) if whole or not isinstance(step, Constant) else step.values
+        zeros = zero.values if isinstance(zero, Constant) else np.array(zero)
+        if codes.values.dtype.kind not in "iu" or zeros.any() or not (steps > 0).all():
+            raise ArtifactError("a table has no codes around zero, or no steps")
+        return Constant(codes.values, steps.ravel(), 0 if whole else int(axis))
 
     def _operand(self, place: int) -> Operand:
         found = self._argument(place)

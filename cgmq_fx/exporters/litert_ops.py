@@ -287,7 +287,8 @@ def _gathered(call: Call) -> list[Value]:
     def rule(x: Tensor, *_: Tensor) -> Tensor:
         return x.new_empty((*x.shape[:axis], *shape, *x.shape[axis + 1 :]))
 
-    given = [source] if isinstance(places, Constant) else [source, places]
+    table = call.builder.weight(source, axis) if isinstance(source, Constant) else source
+    given = [table] if isinstance(places, Constant) else [table, places]
     return [call.builder.call(target, given, rule)]
 
 
@@ -296,10 +297,15 @@ def _looked_up(call: Call) -> list[Value]:
     return [
         call.builder.call(
             _ATEN.embedding.default,
-            [call.operand(1), call.operand(0)],
+            [_table(call), call.operand(0)],
             lambda table, places: table.new_empty((*places.shape, *table.shape[1:])),
         )
     ]
+
+
+def _table(call: Call) -> Operand:
+    table = call.operand(1)
+    return call.builder.weight(table) if isinstance(table, Constant) else table
 
 
 def _resized(call: Call, x: Tensor) -> Tensor:

@@ -57,12 +57,14 @@ _JOINS = {32: 2, 33: 3, 34: 4, 38: 5}
 Handler: TypeAlias = "Callable[[XnnpackReader, Table], tuple[int, Value]]"
 
 
-def read_node(reader: XnnpackReader, kind: int, table: Table) -> tuple[int, Value]:
+def read_node(reader: XnnpackReader, kind: int, table: Table) -> tuple[int, Operand]:
     """The number of the tensor that a node writes, and its value."""
     if kind in _ALIKE:
         count = 2 if kind in _TWO else 1
         operands = [reader.operand(_id(table, i)) for i in range(count)]
         return _id(table, count), reader.builder.same(_ALIKE[kind], operands)
+    if kind == _CONVERT and isinstance(codes := reader.operand(_id(table, 0)), Constant):
+        return _id(table, 1), reader.builder.weight(codes, codes.axis)  # of a table
     if kind in (_CLAMP, _CONVERT):
         return _id(table, 1), reader.value(_id(table, 0))
     if kind in _JOINS:

@@ -127,9 +127,9 @@ class XnnpackReader:
         return tuple(int(n) for n in self._tensor(number).numbers(2, "u4"))
 
     def _rounded(self, number: int, operand: Operand) -> Operand:
-        """What is written into a tensor: rounded to its grid, if it has one."""
+        """What is written into a tensor: rounded to its grid, if it has one; codes get its step."""
         scales = self._scales.get(number)
-        if scales is None or not isinstance(operand, Value):
+        if scales is None or (isinstance(operand, Constant) and operand.values.dtype.kind != "i"):
             return operand
         kind, grid = scales.union(1)
         if kind != _PER_TENSOR or grid is None:
@@ -137,6 +137,9 @@ class XnnpackReader:
         step, zero = float(grid.number(0, "f4")), int(grid.number(1))
         if not 0 < step < float("inf"):
             raise ArtifactError(f"the step of tensor {number} of XNNPACK is no positive number")
+        if isinstance(operand, Constant):
+            codes = operand.values.astype(np.int64) - zero
+            return Constant(codes, np.array([step])) if codes.size else operand
         return self.builder.rounded(operand, Grid(step, _BYTE[0] - zero, _BYTE[1] - zero))
 
     def _constant(self, number: int) -> Constant:
