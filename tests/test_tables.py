@@ -122,3 +122,13 @@ def test_reports_show_tables_with_their_share() -> None:
     assert frame["table"]["weight_bits"] == 2
     assert frame["table"]["activation_bits"] is None
     assert "embedding" in result._repr_html_()
+
+
+@pytest.mark.parametrize("ranges", ["channel", "tensor"])
+@pytest.mark.parametrize("name", ["onnx", "onnx-compact", "onnx-signed", "qonnx", "pt2"])
+def test_files_of_every_format_hold_tables(name: str, ranges: Any, tmp_path: Path) -> None:
+    if name == "qonnx":
+        pytest.importorskip("qonnx")
+    result = words_in_few_bits(ranges)
+    exported = result.export(tmp_path / f"net.{'pt2' if name == 'pt2' else 'onnx'}", name)
+    assert exported.certificate.states[0].value == result.cost.states[0].value
