@@ -345,6 +345,8 @@ def test_a_file_that_costs_too_much_is_not_left_behind(kind: str, tmp_path: Path
         ([[64, 0], [3, 1]], (), Layout((2, 4, 8), (2, 1), power_of_two=True), [[2], [4]]),
         ([[63, 0], [1, 1]], (2, 1), Layout((2, 4, 7)), [[7]]),
         ([[63, 0], [0, 0]], (2, 1), Layout((2, 4, 7), (2, 1)), [[7], [2]]),
+        ([[1, -1], [0, 0]], (2, 1), Layout((0, 2, 4, 8)), [[2]]),
+        ([[7, -1], [0, 0]], (2, 1), Layout((0, 2, 4, 8), (2, 1)), [[4], [0]]),
     ],
 )
 def test_bits_of_weights_are_the_fewest_that_hold_their_codes(

@@ -199,7 +199,8 @@ def _finest(most: Array, widths: Sequence[int]) -> Array:
 def _ratio(sizes: Array, finest: Array, width: int, layout: Layout) -> Array:
     """How many finest steps a step of `width` bits is; 0 where it is no whole number.
 
-    Where all codes of a range would fit into fewer bits, `width` may be what they were rounded to.
+    Where all codes of a range would fit into fewer bits, `width` may be what they were rounded to;
+    zeros are on every grid.
     """
     if width == 0:
         return np.ones_like(finest)
@@ -208,7 +209,7 @@ def _ratio(sizes: Array, finest: Array, width: int, layout: Layout) -> Array:
         needed = np.ceil(np.log2(np.maximum(groups, 1) / _highest(width)))
         return (2 ** np.maximum(needed, 0)).astype(np.int64)
     fine, coarse = (1 << finest) - 1, (1 << width) - 1
-    return np.where(fine % coarse == 0, fine // coarse, fine < coarse)
+    return np.where((fine > 0) & (fine % coarse == 0), fine // coarse, fine < coarse)
 
 
 def activation_bits(low: Array, high: Array, layout: Layout) -> Array:
