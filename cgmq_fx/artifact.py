@@ -11,7 +11,7 @@ import json
 import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
-from math import isclose
+from math import isclose, isfinite
 from pathlib import Path
 from typing import Any, get_args
 from uuid import uuid4
@@ -69,8 +69,8 @@ def save(result: Result, path: Path, packed: bool = False) -> Path:
         "budget": _budget_to_json(result),
         "graph": graph_to_json(result.model),
         "inputs": _inputs_to_json(result.inputs),
-        "metrics": _metrics(result.metrics),
-        "history": asdict(result.history),
+        "metrics": _with_names(_metrics(result.metrics)),
+        "history": _with_names(asdict(result.history)),
         "parameters": sorted(n for n, _ in result.model.named_parameters(remove_duplicate=False)),
         "packed": entries,
     }
@@ -94,6 +94,15 @@ def save(result: Result, path: Path, packed: bool = False) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _with_names(value: Any) -> Any:
+    """The same with "nan", "inf" and "-inf" for numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {key: _with_names(own) for key, own in value.items()}
+    return [_with_names(own) for own in value] if isinstance(value, list | tuple) else value
 
 
 def _captured_kinds(model: GraphModule) -> dict[str, torch.dtype]:

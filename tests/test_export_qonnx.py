@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from cgmq_fx import PRESETS, ArtifactError, ExportError, prepare
+from cgmq_fx import PRESETS, ArtifactError, ExportError, Scheme, prepare
 from cgmq_fx.exporters import exporters
 from cgmq_fx.exporters.agreement import compare
 from cgmq_fx.exporters.certificate import verify
@@ -179,3 +181,16 @@ def test_packages_that_do_not_fit_together_are_named(
     with pytest.raises(ExportError, match=r'pip install "onnx<1.23"'):
         deployed("mlp", "fpga").export(tmp_path / "net.onnx", "qonnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_activation_of_no_bits_costs_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 6, 6)
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    scheme = Scheme(bit_widths=(0, 2, 4, 8))
+    prepared = prepare(model, "bops <= 0.3%", x, scheme=scheme)
+    prepared.calibrate([x])
+    result = prepared.finalize()
+    assert result.cost.assignment["input_1"] == 0
+    exported = result.export(tmp_path / "net.onnx", "qonnx")
+    assert exported.certificate.states[0].value == result.cost.states[0].value

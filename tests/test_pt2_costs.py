@@ -177,3 +177,25 @@ def test_indices_may_stand_anywhere(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MEMORY)
 def test_a_file_needs_no_more_memory_than_its_graph(name: str, tmp_path: Path) -> None:
     assert_file_costs_as_counted(*MEMORY[name], tmp_path)
+
+
+class Repeated(nn.Module):
+    """A layer, then another one twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.again = nn.Linear(4, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.again(self.again(self.first(x)))
+        return y
+
+
+def test_float_operands_beside_one_grid_of_two_tensors(tmp_path: Path) -> None:
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    prepared = prepare(Repeated(), "activations <= 26%", x, scheme=Scheme(output_bits=8))
+    prepared.calibrate([x])
+    result = prepared.finalize()
+    exported = result.export(tmp_path / "net.pt2")
+    assert exported.certificate.states[0].value == result.cost.states[0].value

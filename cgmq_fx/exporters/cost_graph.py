@@ -6,6 +6,7 @@ counts every other graph (`passes/annotate.py`). What is read is never executed.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -213,7 +214,7 @@ def _ratio(sizes: Array, finest: Array, width: int, layout: Layout) -> Array:
 
 
 def activation_bits(low: Array, high: Array, layout: Layout) -> Array:
-    """The fewest of the allowed bits that hold codes from `low` to `high`, elementwise.
+    """The fewest of the allowed bits that hold codes from `low` to `high`, elementwise; 0 for none.
 
     Raises:
         ArtifactError: If no allowed width does.
@@ -223,6 +224,7 @@ def activation_bits(low: Array, high: Array, layout: Layout) -> Array:
         signed = (low >= -_highest(width)) & (high <= _highest(width))
         unsigned = (low >= 0) & (high <= (1 << width) - 1)
         chosen[signed | unsigned] = width
+    chosen[(low == 0) & (high == 0)] = 0
     if (chosen == PASS_THROUGH).any():
         raise ArtifactError(
             f"codes from {int(np.min(low))} to {int(np.max(high))} are too many for {layout.widths}"
@@ -243,6 +245,7 @@ class CostGraph:
         self._root.add_module(QUANTIZERS, nn.Module())
         self._graph = Graph()
         self._inputs = 0
+        self._names = itertools.count()
         self._steps: dict[Node, Array] = {}
 
     def input(self, shape: Shape, dtype: torch.dtype) -> Node:
@@ -342,7 +345,7 @@ class CostGraph:
         self, source: Node, bits: Array, layout: Layout, role: Role, signed: bool
     ) -> Node:
         container = self._root.get_submodule(QUANTIZERS)
-        name = f"q{len(container._modules)}"
+        name = f"q{next(self._names)}"  # one that was dropped may still be named in the graph
         gates = bits.shape if bits.size > 1 else ()
         widths = tuple(sorted({*layout.widths, *bits.ravel().tolist()}))
         quantizer = Quantizer(QuantizerSpec(role, signed, widths, gates, (), batched=True))

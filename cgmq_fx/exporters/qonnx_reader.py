@@ -39,20 +39,23 @@ def as_integers(model: Any) -> Any:
             constants[node.output[0]] = node.attribute[0].t
     del graph.node[:], copied.opset_import[:]
     copied.opset_import.add(domain="", version=_OPSET)
+    clips = {n.output[0]: n for n in nodes if n.op_type == "Clip" and len(n.input) == 3}
     for node in nodes:
         if node.domain == DOMAIN:
             if node.op_type != "Quant":
                 raise ArtifactError(f"{node.name} is a {node.op_type}, which is not counted")
-            graph.node.extend(_Quant(node, constants).nodes(graph))
+            clip = clips.get(node.input[0])
+            ends = [constants.get(name) for name in clip.input[1:]] if clip else []
+            graph.node.extend(_Quant(node, constants, ends).nodes(graph))
         else:
             graph.node.append(node)
     return copied
 
 
 class _Quant:
-    """One `Quant` node."""
+    """One `Quant` node, and the constant ends of a `Clip` in front of it, if there is one."""
 
-    def __init__(self, node: Any, constants: dict[str, Any]) -> None:
+    def __init__(self, node: Any, constants: dict[str, Any], ends: list[Any]) -> None:
         from onnx import numpy_helper
 
         inputs = [constants.get(name) for name in node.input]
@@ -68,6 +71,7 @@ class _Quant:
         if not (scale > 0).all() or not np.isfinite(scale).all():
             raise ArtifactError(f"the steps of {node.name} are no positive numbers")
         self._scale = scale.astype(np.float32)
+        self._ends = [numpy_helper.to_array(t) for t in ends if t is not None]
         self._bits = int(bits.reshape(-1)[0])
         most = _MOST_BITS if self._stored is None else _MOST_BIAS_BITS
         if not 2 <= self._bits <= most or self._bits != bits.reshape(-1)[0]:
@@ -86,6 +90,15 @@ class _Quant:
     def _limits(self) -> tuple[int, int]:
         high = 2 ** (self._bits - self._signed) - 1
         return (-high if self._signed else 0), high
+
+    def _clipped(self) -> tuple[int, int]:
+        """The limits, and those of the clip in front: a tensor of 0 bits is clipped to zeros."""
+        low, high = self._limits()
+        if len(self._ends) < 2 or self._scale.size > 1 or any(e.size != 1 for e in self._ends):
+            return low, high
+        ends = (float(end.reshape(-1)[0] / self._scale.reshape(-1)[0]) for end in self._ends)
+        first, last = (int(np.rint(np.clip(end, low, high))) for end in ends)
+        return first, last
 
     def _constant(self, graph: Any, stored: Any) -> list[Any]:
         """A weight, or a bias: a vector."""
@@ -110,7 +123,7 @@ class _Quant:
         kind = np.int16 if self._signed else np.uint16
         shape = [self._scale.size] if self._scale.size > 1 else []
         zero = self._number(graph, "zero", np.zeros(shape, kind))
-        low, high = self._limits()
+        low, high = self._clipped()
         ends = [
             self._number(graph, end, np.asarray(v, kind))
             for end, v in zip("lh", (low, high), strict=True)
