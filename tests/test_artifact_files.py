@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,13 +203,13 @@ def test_saving_replaces_and_is_readable_by_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("name", "scale", "message"),
     [("a", float("nan"), "written as JSON"), ("none/a", 1.0, "cannot be written")],
 )
 def test_what_cannot_be_written_is_said(
-    name: str, value: float, message: str, tmp_path: Path
+    name: str, scale: float, message: str, tmp_path: Path
 ) -> None:
     result = quantized(NETS["tied"])
-    result.metrics = {"accuracy": value}
+    result.inputs = replace(result.inputs, kwargs={"scale": scale})
     with pytest.raises(ArtifactError, match=message):
         result.save(tmp_path / name)
