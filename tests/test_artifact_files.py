@@ -213,3 +213,11 @@ def test_what_cannot_be_written_is_said(
     result.inputs = replace(result.inputs, kwargs={"scale": scale})
     with pytest.raises(ArtifactError, match=message):
         result.save(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_metrics_need_not_be_finite(value: float, tmp_path: Path) -> None:
+    result = quantized(NETS["tied"])
+    result = replace(result, metrics={"metric": value})
+    found = load(result.save(tmp_path / "net.safetensors")).metrics["metric"]
+    assert str(found) == str(value)
