@@ -126,7 +126,7 @@ def _forms(module: GraphModule, node: Node, known: bool) -> list[tuple[Node, boo
     readers = [u for u in node.users if not isinstance(value_of(u), int | SymInt)]
     biases = sorted(u for u in readers if isinstance(_called(module, u), BiasQuantizer))
     if known:
-        return [(reader, True) for reader in biases]
+        return [(reader, False) for reader in biases]
     weights = [u for u in readers if _rounds(module, u)]
     plain = sorted(u for u in readers if u not in biases and u not in weights)[:1]
     forms = [*plain, *weights, *biases] or [node]
