@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cgmq_fx.passes.grid import BITS_DTYPE, adjacent_widths
 from cgmq_fx.passes.kernel import Statistic, fake_quantize
 
 GRANULARITIES = ("tensor", "channel", "element")
@@ -31,15 +32,15 @@ class Inputs:
         shape = (channels, size // channels)
         gates = {"tensor": (), "channel": (channels, 1), "element": shape}[granularity]
         ranges = () if granularity == "tensor" else (channels, 1)
-        bits = torch.full(gates, BITS, dtype=torch.int32)
+        bits = torch.full(gates, BITS, dtype=BITS_DTYPE)
         if granularity == "element":
-            bits = 2 ** torch.randint(2, 5, gates, dtype=torch.int32)  # 4, 8 or 16 bits
+            bits = 2 ** torch.randint(2, 5, gates, dtype=BITS_DTYPE)  # 4, 8 or 16 bits
         return Inputs(
             torch.randn(shape).requires_grad_(),
             torch.randn(shape),
             torch.full(ranges, 2.0).requires_grad_(),
             bits,
-            bits // 2,
+            adjacent_widths((2, 4, 8, 16)),
             torch.zeros((1, *gates)).requires_grad_(),
         )
 
@@ -114,16 +115,15 @@ def traffic(inputs: Inputs, backward: bool) -> None:
     """What no form can do without: read every input once, write every output once, fresh.
 
     Forward reads the tensor; backward reads it again, and the gradient. A gate per element adds its
-    bit-widths to what is read, and in backward the adjacent ones, and its statistic to what is
-    written.
+    bit-widths to what is read, and in backward its statistic to what is written.
     """
-    x, bits = inputs.x.detach(), inputs.bits.view(torch.float32)
-    own = bits.shape == x.shape
-    kept = [torch.mul(x, bits) if own else x.clone()]
+    x, own = inputs.x.detach(), inputs.bits.shape == inputs.x.shape
+    read = inputs.bits.view(torch.float32).sum if own else x.new_empty
+    kept = [x.clone(), read(())]
     if backward:
-        kept.append(torch.addcmul(inputs.grad, x, bits) if own else torch.mul(inputs.grad, x))
+        kept += [torch.mul(inputs.grad, x), read(())]
     if backward and own:
-        kept.append(inputs.adjacent.clone())
+        kept.append(torch.ones_like(x))
 
 
 def forward(form: str, inputs: Inputs) -> None:

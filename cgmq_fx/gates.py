@@ -129,10 +129,6 @@ class GateLayout:
         """The bit-width of each gate at `levels`."""
         return self.widths.take(self._width_of + levels)
 
-    def adjacent_at(self, levels: Tensor) -> Tensor:
-        """The bit-width that `Statistic.CHANGE` compares with: of one level less, at 0 one more."""
-        return self._adjacent.take(self._width_of + levels)
-
     def slopes(self, levels: Tensor) -> Slopes:
         """What one level less adds and one more saves, and by what the noise changes."""
         return Slopes(*self._slopes.index_select(1, self._noise_of + levels))
@@ -166,11 +162,6 @@ class GateLayout:
     def _noise_of(self) -> Tensor:
         """Likewise in the tables of noise."""
         return self.row.long() * self.noise.shape[1]
-
-    @cached_property
-    def _adjacent(self) -> Tensor:
-        first = self.widths[:, :2][:, -1:]  # the only one, if there is one
-        return torch.cat([first, self.widths[:, :-1]], 1)
 
     @cached_property
     def _slopes(self) -> Tensor:

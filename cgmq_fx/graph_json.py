@@ -21,7 +21,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.bias import BIASES
-from cgmq_fx.passes.grid import allowed_bit_width
+from cgmq_fx.passes.grid import BITS_DTYPE, allowed_bit_width
 from cgmq_fx.passes.infra import module_path
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.opaque import OpaqueCall
@@ -381,7 +381,7 @@ def _install(root: nn.Module, name: str, module: nn.Module) -> None:
             raise ArtifactError(f"the range or the bits of {name} have the wrong shape")
         if not module.log_range.is_floating_point() or not bool(module.log_range.isfinite().all()):
             raise ArtifactError(f"the range of {name} is not a finite number")
-        widths = torch.tensor(module.spec.bit_widths, dtype=torch.int32)
-        if module.bits.dtype != torch.int32 or not bool(torch.isin(module.bits, widths).all()):
+        widths = torch.tensor(module.spec.bit_widths, dtype=BITS_DTYPE)
+        if module.bits.dtype != BITS_DTYPE or not bool(torch.isin(module.bits, widths).all()):
             raise ArtifactError(f"{name} has bits that are not among its bit-widths")
     parent.add_module(last, module)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from cgmq_fx.cost_models.errors import ArtifactError
-from cgmq_fx.passes.grid import PASS_THROUGH, grid
+from cgmq_fx.passes.grid import BITS_DTYPE, PASS_THROUGH, grid
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.passes.state import set_tensor, tensor_at
 
@@ -77,7 +77,7 @@ def pack_weights(module: GraphModule) -> tuple[dict[str, Tensor], Entries]:
         gates = quantizer.bits.detach().cpu().reshape(-1)
         rows = {name: codes} if gates.numel() == weight.numel() else {}
         if gates.numel() > 1:
-            widths = torch.tensor(quantizer.spec.bit_widths, dtype=torch.int32)
+            widths = torch.tensor(quantizer.spec.bit_widths, dtype=BITS_DTYPE)
             indices = torch.searchsorted(widths, gates).numpy().astype(np.int64)
             rows[f"{path}.bits"] = pack_bits(indices, _index_bits(len(widths)))
         tensors[name] = torch.from_numpy(codes)
@@ -130,7 +130,7 @@ def unpack_gates(
             raise ArtifactError(f"{name} of shape {shape} is too large for its bytes")
         restored[name] = torch.zeros(shape, dtype=torch.float32)
         path = f"{entry['quantizer']}.bits"
-        widths = torch.tensor(modules[entry["quantizer"]]["bit_widths"], dtype=torch.int32)
+        widths = torch.tensor(modules[entry["quantizer"]]["bit_widths"], dtype=BITS_DTYPE)
         gates = [int(size) for size in modules[entry["quantizer"]]["gate_shape"]]
         if prod(gates) <= 1:
             continue

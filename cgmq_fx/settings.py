@@ -44,8 +44,6 @@ class Settings:
         if not self._is_bound():
             self._bind()
         self._bits.copy_(self._layout.widths_at(levels))
-        if self._adjacent is not None:
-            self._adjacent.copy_(self._layout.adjacent_at(levels))
         row = levels.take(self._gate) * self._range.numel()
         offsets = self._log_ranges.take(row + self._range)
         parts = offsets.split(self._sizes) if self._several else ()
@@ -70,16 +68,12 @@ class Settings:
 
     def _bind(self) -> None:
         quantizers = self._quantizers
-        adjacent = [q.adjacent for q in quantizers if q.adjacent is not None]
         self._bits = torch.cat([q.bits.reshape(-1) for q in quantizers])
-        self._adjacent = torch.cat([a.reshape(-1) for a in adjacent]) if adjacent else None
         self._flat = torch.cat([q.log_range.detach().reshape(-1) for q in quantizers])
         gates = [q.bits.numel() for q in quantizers]
         bits, ranges = self._bits.split(gates), self._flat.split(self._sizes)
-        others = [None] * len(gates) if self._adjacent is None else self._adjacent.split(gates)
-        for quantizer, own, other, log_range in zip(quantizers, bits, others, ranges, strict=True):
+        for quantizer, own, log_range in zip(quantizers, bits, ranges, strict=True):
             quantizer.bits = own.view(quantizer.bits.shape)
-            quantizer.adjacent = None if other is None else other.view(quantizer.bits.shape)
             quantizer.log_range.data = log_range.view(quantizer.log_range.shape)
 
 

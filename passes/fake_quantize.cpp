@@ -30,12 +30,12 @@ void forward_run(const T* x, T* y, int64_t n, const Place<W>& p) {
 
 // Of n values that share a range and have a gate each.
 template <class T, class W>
-void forward_gates(const T* x, T* y, const int32_t* bits, int64_t n, W limit, bool is_signed) {
+void forward_gates(const T* x, T* y, const Gate* bits, int64_t n, W limit, bool is_signed) {
   using L = Vector<W>;
   const Ends<W> ends(typename L::V{} + limit, is_signed);
-  const Steps<W> steps(limit, is_signed);
+  const Steps<W> steps(limit, is_signed, {});
   each_vector<W>(0, n, [&](int64_t i, int64_t count) ALWAYS {
-    const auto widths = read<typename L::Bits>(bits + i, count);
+    const auto widths = widths_at<W>(bits + i, count);
     const auto v = load<W>(x + i, count);
     const auto pass = __builtin_convertvector(widths, typename L::M) >= kPassThrough;
     store<W>(y + i, pass ? v : rounded<W>(v, ends, steps.at(widths)), count);
@@ -134,6 +134,7 @@ struct Backward {
   Sums& sums;
   Plan plan;
   std::vector<Place<W>> table;
+  Intervals<W> beside;  // of the adjacent bit-widths
 
   static constexpr int64_t lanes = Vector<W>::lanes;
 
@@ -198,18 +199,20 @@ struct Backward {
   // highest codes. Pointers are copied: for all the compiler knows, what is written might be them.
   double gates(int64_t from, int64_t to, W limit, double& sum) const {
     using Bits = typename Vector<W>::Bits;
+    using M = typename Vector<W>::M;
     const Ends<W> ends(V{} + limit, in.is_signed);
-    const Steps<W> steps(limit, in.is_signed);
+    const Steps<W> steps(limit, in.is_signed, {}), others(limit, in.is_signed, beside);
     const T *const up = g, *const v = x;
     T* const gradient = out;
     W* const changes = reported;
-    const int32_t *const widths = in.bits, *const others = kChange ? in.adjacent : in.bits;
+    const Gate* const widths = in.bits;
     Bits codes{}, live{};  // beyond the end bits read as 0, which has no codes
     V range{};
     each_vector<W>(from, to, [&](int64_t i, int64_t n) ALWAYS {
-      const Bits bits = read<Bits>(widths + i, n);
-      const Bits adjacent = read<Bits>(others + i, n);
-      const Grids<W> grids(steps.at(bits), steps.at(adjacent), bits, adjacent);
+      const Bits bits = widths_at<W>(widths + i, n);
+      const M wide = __builtin_convertvector(bits, M);
+      const V step2 = wide >= kPassThrough ? others.passed : others.at(bits);
+      const Grids<W> grids(steps.at(bits), step2, wide, step2 < 0);
       const V value = load<W>(v + i, n);
       V change{};
       store<W>(gradient + i,
@@ -248,7 +251,8 @@ void backward(const Inputs<W>& in, const T* g, const T* x, T* out, double per_ra
   const Plan plan = plan_of(s, threads);
   const bool summed = kChange && !(plan.mode == Mode::kElements && own_gates(in));
   Sums sums{s.ranges, summed ? s.gates : 0, std::vector<std::vector<double>>(plan.threads)};
-  const Backward<T, W, kChange> work{in, g, x, out, reported, sums, plan, table_of(in, plan)};
+  const Intervals<W> beside = kChange ? Intervals<W>().beside(in.adjacent) : Intervals<W>();
+  const Backward<T, W, kChange> work{in, g, x, out, reported, sums, plan, table_of(in, plan), beside};
   parallel(s.size, plan.mode == Mode::kColumns ? plan.period : kBlock, plan.threads,
            [&](int thread, int64_t begin, int64_t end) {
              if (plan.mode == Mode::kRuns) work.runs(thread, begin, end);
@@ -264,7 +268,7 @@ void backward(const Inputs<W>& in, const T* g, const T* x, T* out, double per_ra
 }
 
 template <class W>
-Inputs<W> inputs(const void* limits, const int32_t* bits, const int32_t* adjacent, int is_signed,
+Inputs<W> inputs(const void* limits, const Gate* bits, const int32_t* adjacent, int is_signed,
                  const int64_t* shape) {
   return {static_cast<const W*>(limits), bits, adjacent, is_signed != 0,
           {shape[0], shape[1], shape[2], shape[3], shape[4]}};
@@ -283,7 +287,7 @@ void start_backward(const Inputs<W>& in, const void* g, const void* x, void* out
 // dtype: 0 float32, 1 float64, 2 bfloat16. shape: the fields of `Shape`. Limits are of the dtype,
 // or float32 for bfloat16; so are the two results. share: `per_range` of placement.py.
 extern "C" void cgmq_forward(int dtype, const void* x, void* y, const void* limits,
-                             const int32_t* bits, int is_signed, const int64_t* shape,
+                             const Gate* bits, int is_signed, const int64_t* shape,
                              int threads) {
   const auto narrow = inputs<float>(limits, bits, nullptr, is_signed, shape);
   const auto wide = inputs<double>(limits, bits, nullptr, is_signed, shape);
@@ -294,7 +298,7 @@ extern "C" void cgmq_forward(int dtype, const void* x, void* y, const void* limi
 }
 
 extern "C" void cgmq_backward(int dtype, const void* g, const void* x, void* out,
-                              const void* limits, const int32_t* bits, const int32_t* adjacent,
+                              const void* limits, const Gate* bits, const int32_t* adjacent,
                               int is_signed, const int64_t* shape, double share,
                               void* range_grad, void* reported, int threads) {
   const auto narrow = inputs<float>(limits, bits, adjacent, is_signed, shape);

@@ -24,28 +24,48 @@ INLINE typename Vector<W>::V steps_of(typename Vector<W>::V limit, typename Vect
   return codes > 0 ? step : 4 * width;
 }
 
-// The same of one range for many bit-widths: looked up, where there is an instruction for it.
+// By bit-width: by how many intervals its step divides the width of a range, in 16 places. At 0
+// bits so few that every code is 0; negative, so that the step is, where values pass through.
+template <class W>
+struct Intervals {
+  W at[16] = {0.25, 65535, 3,    7,    15,   31,   63,    127,
+              255,  511,   1023, 2047, 4095, 8191, 16383, 32767};  // 0, 16, 2 to 15 bits
+  W passed = -1;                                                   // 32 bits
+
+  // Those of the bit-widths that are adjacent to these.
+  Intervals beside(const int32_t* adjacent) const {
+    Intervals found;
+    for (int32_t k = 0; k < 16; ++k) found.at[k] = of(adjacent[k == 1 ? 16 : k]);
+    found.passed = of(adjacent[kPassThrough]);
+    return found;
+  }
+
+  W of(int32_t bits) const { return bits >= kPassThrough ? passed : at[(bits + (bits >> 4)) & 15]; }
+
+};
+
+// The steps of one range at many bit-widths: looked up, where there is an instruction for it.
 template <class W>
 struct Steps {
   using V = typename Vector<W>::V;
   using Bits = typename Vector<W>::Bits;
+  static constexpr int64_t lanes = Vector<W>::lanes;
   static constexpr bool kTable = WITH_AVX && sizeof(W) == 4;
-  static constexpr W kIntervals[16] = {0.25, 65535, 3,    7,    15,   31,   63,    127,
-                                       255,  511,   1023, 2047, 4095, 8191, 16383, 32767};
-  V limit, table[2];  // steps at 0, 16, 2 to 15 bits
-  bool is_signed;
+  V table[16 / lanes];
+  V passed;
 
-  INLINE Steps(W limit, bool is_signed) : limit(V{} + limit), is_signed(is_signed) {
-    constexpr int64_t lanes = Vector<W>::lanes;
-    const V width = is_signed ? 2 * this->limit : this->limit;
-    for (int64_t k = 0; kTable && k < 16 / lanes; ++k)
-      table[k] = width / read<V>(kIntervals + k * lanes, lanes);
+  INLINE Steps(W limit, bool is_signed, const Intervals<W>& intervals) {
+    const V width = V{} + (is_signed ? 2 * limit : limit);
+    for (int64_t k = 0; k < 16 / lanes; ++k)
+      table[k] = width / read<V>(intervals.at + k * lanes, lanes);
+    passed = width / intervals.passed;
   }
 
+  // Of at most 16 bits.
   INLINE V at(Bits bits) const {
+    const Bits place = bits + (bits >> 4);  // of which the last four bits count
 #if WITH_AVX
     if constexpr (kTable) {
-      const auto place = bits + (bits >> 4);
 #if defined(__AVX512F__)
       return (V)_mm512_permutexvar_ps((__m512i)place, (__m512)table[0]);
 #else
@@ -55,7 +75,9 @@ struct Steps {
 #endif
     }
 #endif
-    return steps_of<W>(limit, bits, is_signed);
+    V found{};
+    for (int64_t k = 0; k < lanes; ++k) found[k] = table[(place[k] & 15) / lanes][place[k] % lanes];
+    return found;
   }
 };
 
@@ -84,11 +106,8 @@ struct Grids {
   V step, step2;
   M pass, pass2, ranged;  // `ranged`: the rounded value depends on the range
 
-  INLINE Grids(V step, V step2, typename L::Bits bits, typename L::Bits adjacent)
-      : step(step), step2(step2) {
-    const M widths = __builtin_convertvector(bits, M);
+  INLINE Grids(V step, V step2, M widths, M pass2) : step(step), step2(step2), pass2(pass2) {
     pass = widths >= kPassThrough;
-    pass2 = __builtin_convertvector(adjacent, M) >= kPassThrough;
     ranged = (widths > 0) & ~pass;
   }
 };
@@ -103,8 +122,9 @@ struct Place {
   INLINE Place(typename L::V limit, typename L::Bits bits, typename L::Bits adjacent,
                bool is_signed)
       : ends(limit, is_signed),
-        grids(steps_of<W>(limit, bits, is_signed), steps_of<W>(limit, adjacent, is_signed), bits,
-              adjacent) {}
+        grids(steps_of<W>(limit, bits, is_signed), steps_of<W>(limit, adjacent, is_signed),
+              __builtin_convertvector(bits, typename L::M),
+              __builtin_convertvector(adjacent, typename L::M) >= kPassThrough) {}
 };
 
 template <class W>

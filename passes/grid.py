@@ -14,6 +14,7 @@ part of the fine one; powers of two nest for all bit-widths.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,9 @@ from torch import Tensor
 PASS_THROUGH = 32
 """The bit-width at which values pass through unchanged."""
 
+BITS_DTYPE = torch.int8
+"""Of the bit-widths of gates: one byte, for a weight may have as many gates as values."""
+
 _HALFWAY = 0.5**0.5
 """The mantissa, from 1/2 to 1, that is as far from the power of two below as from that above."""
 
@@ -29,6 +33,24 @@ MAX_GRID_BITS = 16
 """The finest grid; float32 cannot tell the codes of a much finer one apart."""
 
 DEFAULT_BIT_WIDTHS = (2, 4, 8, 16, 32)
+
+
+def adjacent_widths(bit_widths: tuple[int, ...]) -> Tensor:
+    """By bit-width, the one that a step away from it would lead to.
+
+    Args:
+        bit_widths: Those that may be taken, ascending.
+
+    Returns:
+        Shape (33,), int32: the next lower bit-width, for the lowest the next higher one; itself for
+        the only one, and for those that may not be taken.
+    """
+    found = torch.arange(PASS_THROUGH + 1, dtype=torch.int32)
+    for lower, higher in pairwise(bit_widths):
+        found[higher] = lower
+    if len(bit_widths) > 1:
+        found[bit_widths[0]] = bit_widths[1]
+    return found
 
 
 class Grid(NamedTuple):
@@ -61,7 +83,7 @@ def grid(limit: Tensor, bits: Tensor, signed: bool) -> Grid:
     Returns:
         Step, lowest and highest code, in the dtype of `limit`.
     """
-    codes = (torch.ones_like(bits) << bits.clamp(max=MAX_GRID_BITS)) - 1
+    codes = (1 << bits.clamp(max=MAX_GRID_BITS).int()) - 1
     intervals = codes.clamp(min=1).to(limit.dtype)
     if signed:
         high = ((codes - 1).clamp(min=0) // 2).to(limit.dtype)

@@ -84,7 +84,8 @@ def _forward(
         x: Any shape, floating point.
         limit: Range, broadcastable against `x`.
         bits: Bit-widths, integer, broadcastable against `x`.
-        adjacent: Bit-widths to compare with, like `bits`; needed for `Statistic.CHANGE`.
+        adjacent: Shape (33,): by bit-width, the one to compare with (`adjacent_widths`); needed for
+            `Statistic.CHANGE`.
         probe: Shape (rows of the statistic, *bits.shape); only its gradient matters.
         signed: Whether codes below zero exist.
         batched: Whether dimension 0 of `x` is the batch.
@@ -229,7 +230,7 @@ def _statistic(
 ) -> Tensor:
     if statistic is Statistic.CHANGE and adjacent is not None:
         here = round_to_grid(x, limit, bits, signed)
-        change = round_to_grid(x, limit, adjacent, signed).sub_(here).mul_(g)
+        change = round_to_grid(x, limit, adjacent[bits.long()], signed).sub_(here).mul_(g)
         return change.square_().sum_to_size(bits.shape).unsqueeze(0)
     if statistic is Statistic.MAGNITUDES:
         return _magnitudes(g, x, bits, batched)

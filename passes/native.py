@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cgmq_fx.passes.grid import BITS_DTYPE
 from cgmq_fx.passes.placement import like, nested, per_range, places
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def forward(x: Tensor, limit: Tensor, bits: Tensor, signed: bool) -> Tensor | No
     shape = _shape(x.shape, y.stride(), limit.shape, bits.shape)
     if shape is None or (library := _library()) is None:
         return None
-    x, limit, bits = like(x, y), _limit(limit, x), _as(bits, torch.int32)
+    x, limit, bits = like(x, y), _limit(limit, x), _as(bits, BITS_DTYPE)
     library.cgmq_forward(
         _DTYPES[x.dtype],
         x.data_ptr(),
@@ -110,7 +111,7 @@ def backward(
     if shape is None or (library := _library()) is None:
         return None
     grad, x = like(grad, out), like(x, out)
-    beta, widths = _limit(limit, x), _as(bits, torch.int32)
+    beta, widths = _limit(limit, x), _as(bits, BITS_DTYPE)
     neighbours = None if adjacent is None else _as(adjacent, torch.int32)
     range_grad = torch.empty(limit.shape, dtype=beta.dtype)
     rows = 0 if adjacent is None else 1

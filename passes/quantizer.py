@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from cgmq_fx.cost_models.facts import Role
-from cgmq_fx.passes.grid import PASS_THROUGH, finest_step, power_of_two_range
+from cgmq_fx.passes.grid import (
+    BITS_DTYPE,
+    PASS_THROUGH,
+    adjacent_widths,
+    finest_step,
+    power_of_two_range,
+)
 from cgmq_fx.passes.kernel import Statistic, fake_quantize, fake_quantize_backward
 from cgmq_fx.passes.processes import Averages, average_across_processes, process_count
 from cgmq_fx.passes.recompute import remember
@@ -51,8 +57,8 @@ class Quantizer(nn.Module):
         signed: Whether the grid has codes below zero; calibration may clear it for an input that
             is never negative.
         log_range: Natural logarithm of the range, shape `spec.range_shape`; trained.
-        bits: Bit-widths, int32, shape `spec.gate_shape`.
-        adjacent: The bit-widths that `Statistic.CHANGE` compares with, like `bits`.
+        bits: Bit-widths, int8, shape `spec.gate_shape`.
+        adjacent: By bit-width, the one that `Statistic.CHANGE` compares with, shape (33,).
         probe: Shape (rows, *spec.gate_shape); its `.grad` is the statistic. None when frozen.
     """
 
@@ -72,7 +78,7 @@ class Quantizer(nn.Module):
         )
         shape = spec.gate_shape
         self.register_buffer(
-            "bits", torch.full(shape, PASS_THROUGH, dtype=torch.int32, device=device)
+            "bits", torch.full(shape, PASS_THROUGH, dtype=BITS_DTYPE, device=device)
         )
         self.register_buffer("adjacent", None, persistent=False)
         self.register_buffer("probe", None, persistent=False)
@@ -150,7 +156,7 @@ class Quantizer(nn.Module):
         if statistic is Statistic.NONE:
             self.adjacent = self.probe = None
             return
-        self.adjacent = self.bits.clone()
+        self.adjacent = adjacent_widths(self.spec.bit_widths).to(self.bits.device)
         shape = (statistic.rows, *self.spec.gate_shape)
         self.probe = torch.zeros(
             shape, device=self.bits.device, dtype=torch.float32

@@ -126,7 +126,7 @@ def _forward(
     at, inside = _place(rows, columns, TALL, WIDE)
     x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
     limit = tl.load(limit_ptr + (at // range_inner) % ranges, inside, 1.0)
-    bits = tl.load(bits_ptr + (at // gate_inner) % gates, inside, 0)
+    bits = tl.load(bits_ptr + (at // gate_inner) % gates, inside, 0).to(tl.int32)
     step, low, high = _grid(limit, bits, SIGNED)
     y = tl.where(bits >= 32, x, _nearest(tl.div_rn(x, step), low, high) * step)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
@@ -159,8 +159,7 @@ def _backward(
     g = tl.load(g_ptr + at, inside, 0.0).to(tl.float32)
     x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
     limit = tl.load(limit_ptr + (at // range_inner) % ranges, inside, 1.0)
-    gate = (at // gate_inner) % gates
-    bits = tl.load(bits_ptr + gate, inside, 0)
+    bits = tl.load(bits_ptr + (at // gate_inner) % gates, inside, 0).to(tl.int32)
     step, low, high = _grid(limit, bits, SIGNED)
     code = tl.div_rn(x, step)
     near = _nearest(code, low, high)
@@ -179,7 +178,7 @@ def _backward(
     else:
         tl.store(range_ptr + tl.program_id(0), tl.sum(tl.sum(error, 1), 0))
     if CHANGE:
-        next_bits = tl.load(adjacent_ptr + gate, inside, 0)
+        next_bits = tl.load(adjacent_ptr + bits, inside, 0)
         next_step, next_low, next_high = _grid(limit, next_bits, SIGNED)
         next_near = _nearest(tl.div_rn(x, next_step), next_low, next_high) * next_step
         here = tl.where(bits >= 32, x, near * step)
@@ -204,7 +203,7 @@ def forward(x: Tensor, limit: Tensor, bits: Tensor, signed: bool) -> Tensor | No
         like(x, y),
         y,
         limit.detach().float().contiguous(),
-        bits.int().contiguous(),
+        bits.contiguous(),
         *(walk.rows, walk.columns, *walk.ranges, *walk.gates),
         signed,
         *walk.tile,
@@ -236,10 +235,10 @@ def backward(
     beta = limit.detach().float().contiguous()
     range_sums = torch.empty(size, dtype=torch.float32, device=x.device)
     changes = torch.empty(x.numel() if walk.own else size, dtype=torch.float32, device=x.device)
-    widths = bits.int().contiguous()
+    widths = bits.contiguous()
     _backward[(down * across,)](
         *(grad, x, out, beta, widths),
-        widths if adjacent is None else adjacent.int().contiguous(),
+        widths if adjacent is None else adjacent.contiguous(),
         *(range_sums, changes),
         *(walk.rows, walk.columns, *walk.ranges, *walk.gates),
         *(signed, adjacent is not None, walk.own, walk.repeated),

@@ -39,6 +39,7 @@ struct Vector {
 };
 
 using BFloat16 = uint16_t;  // its bits
+using Gate = int8_t;        // a bit-width
 
 template <class V, class T>
 INLINE V read(const T* from, int64_t n) {
@@ -59,6 +60,27 @@ INLINE typename Vector<W>::V load(const T* x, int64_t n) {
   } else {
     return read<typename L::V>(x, n);
   }
+}
+
+// Bit-widths from bytes; beyond the end they are 0.
+template <class W>
+INLINE typename Vector<W>::Bits widths_at(const Gate* from, int64_t n) {
+  using Bits = typename Vector<W>::Bits;
+  constexpr int64_t lanes = Vector<W>::lanes;
+#if WITH_AVX
+  if (sizeof(W) == 4 && n == lanes) {
+#if defined(__AVX512F__)
+    if constexpr (lanes == 16)
+      return (Bits)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from));
+#else
+    if constexpr (lanes == 8)
+      return (Bits)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#endif
+  }
+#endif
+  Bits found{};
+  for (int64_t k = 0; k < n; ++k) found[k] = from[k];
+  return found;
 }
 
 template <class V, class T>

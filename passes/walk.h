@@ -35,10 +35,12 @@ struct Shape {
 template <class W>
 struct Inputs {
   const W* limits;
-  const int32_t* bits;
-  const int32_t* adjacent;  // null: no statistic
+  const Gate* bits;
+  const int32_t* adjacent;  // by bit-width, 0 to 32; null: no statistic
   bool is_signed;
   Shape shape;
+
+  int32_t beside(int32_t bits) const { return adjacent ? adjacent[bits] : bits; }
 };
 
 // Runs `body(part, begin, end)` on stretches of [0, count), each a multiple of `unit` long. There
@@ -85,10 +87,9 @@ Plan plan_of(const Shape& s, int threads) {
 template <class W>
 Place<W> place_of(const Inputs<W>& in, int64_t i) {
   using L = Vector<W>;
-  const int64_t gate = in.shape.gate(i);
-  const int32_t adjacent = in.adjacent ? in.adjacent[gate] : in.bits[gate];
-  return {typename L::V{} + in.limits[in.shape.range(i)], typename L::Bits{} + in.bits[gate],
-          typename L::Bits{} + adjacent, in.is_signed};
+  const int32_t bits = in.bits[in.shape.gate(i)];
+  return {typename L::V{} + in.limits[in.shape.range(i)], typename L::Bits{} + bits,
+          typename L::Bits{} + in.beside(bits), in.is_signed};
 }
 
 template <class W>
@@ -104,10 +105,9 @@ Place<W> place_from(const Inputs<W>& in, int64_t i, int64_t n) {
   typename L::V limit = typename L::V{} + 1;
   typename L::Bits bits{}, adjacent{};
   for (int64_t k = 0; k < n; ++k) {
-    const int64_t gate = s.gate(i + k);
     limit[k] = in.limits[s.range(i + k)];
-    bits[k] = in.bits[gate];
-    adjacent[k] = in.adjacent ? in.adjacent[gate] : bits[k];
+    bits[k] = in.bits[s.gate(i + k)];
+    adjacent[k] = in.beside(bits[k]);
   }
   return {limit, bits, adjacent, in.is_signed};
 }

@@ -294,10 +294,10 @@ def replaced(name: str, value: Any, dtype: torch.dtype | None = None) -> Callabl
 
 
 TENSOR_EDITS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
-    "seven bits": (replaced(BITS, [8] * 7, torch.int32), "wrong shape"),
-    "negative bits": (replaced(BITS, -100, torch.int32), "not among its bit-widths"),
-    "33 bits": (replaced(BITS, 33, torch.int32), "not among its bit-widths"),
-    "5 bits": (replaced(BITS, 5, torch.int32), "not among its bit-widths"),
+    "seven bits": (replaced(BITS, [8] * 7, torch.int8), "wrong shape"),
+    "negative bits": (replaced(BITS, -100, torch.int8), "not among its bit-widths"),
+    "33 bits": (replaced(BITS, 33, torch.int8), "not among its bit-widths"),
+    "5 bits": (replaced(BITS, 5, torch.int8), "not among its bit-widths"),
     "long bits": (replaced(BITS, 8, torch.int64), "not among its bit-widths"),
     "broken bits": (replaced(BITS, 2.7), "not among its bit-widths"),
     "no bits": (lambda t: t.pop(BITS), "no range or no bits"),
@@ -329,7 +329,7 @@ def test_gates_that_do_not_fit_their_tensor_are_refused(content: Content, tmp_pa
 
     def edit(header: Header, found: Tensors) -> None:
         header["graph"]["modules"]["cgmq_quantizers.a_weight"]["gate_shape"] = [1000, 4, 3]
-        found["cgmq_quantizers.a_weight.bits"] = torch.full((1000, 4, 3), 2, dtype=torch.int32)
+        found["cgmq_quantizers.a_weight.bits"] = torch.full((1000, 4, 3), 2, dtype=torch.int8)
         header["graph"]["modules"]["cgmq_quantizers.a_weight"]["bit_widths"] = [2]
 
     assert isinstance(refused(content, tmp_path, edit), ArtifactError)

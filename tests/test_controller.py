@@ -332,11 +332,10 @@ SALIENCY = {
 def defined(name: str, quantizer: Quantizer, value: Tensor, grad: Tensor) -> Tensor:
     """The saliency of each gate, or for "marginal" the squared change, from the definition."""
     if name == "marginal":
-        at = (quantizer.bits, quantizer.adjacent)
+        assert quantizer.adjacent is not None
         here, there = (
             round_to_grid(value, quantizer.log_range.detach().exp(), b, quantizer.signed)
-            for b in at
-            if b is not None
+            for b in (quantizer.bits, quantizer.adjacent[quantizer.bits.long()])
         )
         return by_gate(quantizer, (grad * (there - here)).square(), torch.sum)
     if quantizer.spec.role is Role.ACTIVATION:

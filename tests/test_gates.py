@@ -80,12 +80,6 @@ def test_levels_are_bits() -> None:
     assert found.widths_at(torch.from_numpy(LEVELS)).tolist() == [4, 0, 8, 32, 8, 8]
 
 
-def test_what_the_current_bits_are_compared_with() -> None:
-    """One level less, at the lowest one more; the same where there is no other."""
-    adjacent = layout().adjacent_at(torch.from_numpy(LEVELS))
-    assert adjacent.tolist() == [2, 4, 4, 8, 8, 8]
-
-
 def test_slopes_by_hand() -> None:
     found = layout().slopes(torch.from_numpy(LEVELS))
     # gates at 1 of (9, 1, 0.5), 0 of (80, 8, ..), 2 of (60, 6, 3, 0), 3 of (40, 4, 1, 0), 5, 5
@@ -107,7 +101,6 @@ def test_quantizers_with_a_single_width_have_no_slopes() -> None:
     found = GateLayout.of({"c": FACTS["c"]}, {"c": table})
     slopes = found.slopes(torch.zeros(2, dtype=torch.int64))
     assert [t.tolist() for t in (slopes.down, slopes.up, slopes.change)] == [[0, 0]] * 3
-    assert found.adjacent_at(torch.zeros(2, dtype=torch.int64)).tolist() == [8, 8]
 
 
 def test_the_loss_is_worth_times_harm() -> None:

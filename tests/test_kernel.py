@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 from cgmq_fx.gates import level_of
-from cgmq_fx.passes.grid import allowed_bit_width, grid, round_to_grid
+from cgmq_fx.passes.grid import adjacent_widths, allowed_bit_width, grid, round_to_grid
 from cgmq_fx.passes.kernel import Statistic, fake_quantize, fake_quantize_backward
 
 CHAIN = (2, 4, 8, 16)
@@ -265,10 +265,9 @@ def probe(shapes: Probed, statistic: Statistic, passes: int = 1) -> dict[str, Te
     """A random tensor, its upstream gradient, its bits, and what the probe reports."""
     random = torch.Generator().manual_seed(3)
     x, upstream = (torch.randn(shapes.x, generator=random) for _ in range(2))
-    bits, adjacent = (
-        torch.tensor([0, 2, 4, 32])[torch.randint(4, shapes.gates, generator=random)]
-        for _ in range(2)
-    )
+    widths = (0, 2, 4, 32)
+    bits = torch.tensor(widths)[torch.randint(4, shapes.gates, generator=random)]
+    adjacent = adjacent_widths(widths)
     reported = torch.zeros((statistic.rows, *shapes.gates), requires_grad=True)
     leaf = x.clone().requires_grad_()
     for _ in range(passes):
@@ -277,7 +276,7 @@ def probe(shapes: Probed, statistic: Statistic, passes: int = 1) -> dict[str, Te
         )
         y.backward(upstream)
     assert reported.grad is not None
-    return {"x": x, "g": upstream, "bits": bits, "to": adjacent, "found": reported.grad}
+    return {"x": x, "g": upstream, "bits": bits, "to": adjacent[bits], "found": reported.grad}
 
 
 @pytest.mark.parametrize("shapes", PROBED)
@@ -307,6 +306,7 @@ def test_the_probe_adds_up_over_micro_batches() -> None:
 
 ELEMENT_GATES = torch.tensor([2, 4, 8, 32, 0, 16], dtype=torch.int32).repeat(60).view(6, 3, 4, 5)
 CHANNEL_GATES = torch.tensor([4, 32, 2], dtype=torch.int32).view(1, 3, 1, 1)
+BESIDE = adjacent_widths((0, 2, 4, 8, 16, 32))
 ONE_GATE = torch.tensor(4, dtype=torch.int32)
 CHANNELS_LAST = torch.randn(6, 3, 4, 5).to(memory_format=torch.channels_last)
 INPUTS = {
@@ -330,8 +330,8 @@ def test_the_ops_pass_the_checks_of_torch(x: Tensor, bits: Tensor, statistic: St
     limit = torch.tensor(0.8, requires_grad=True)
     reported = torch.zeros((statistic.rows, *bits.shape), requires_grad=True)
     options = (True, True, int(statistic))
-    opcheck(fake_quantize, (x.clone().requires_grad_(), limit, bits, bits // 2, reported, *options))
-    backward = (torch.randn(x.shape).to(x), x, limit.detach(), bits, bits // 2, *options)
+    opcheck(fake_quantize, (x.clone().requires_grad_(), limit, bits, BESIDE, reported, *options))
+    backward = (torch.randn(x.shape).to(x), x, limit.detach(), bits, BESIDE, *options)
     opcheck(fake_quantize_backward, backward, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -349,7 +349,7 @@ def test_memory_formats_are_kept_and_foretold(
     y = fake_quantize(x, limit, bits, None, None, True, True, 0)
     assert (y.stride(), y.dtype) == (torch.empty_like(x).stride(), x.dtype)
     for upstream in upstreams(x):
-        args = (upstream, x, limit, bits, bits // 2, True, True, int(statistic))
+        args = (upstream, x, limit, bits, BESIDE, True, True, int(statistic))
         with FakeTensorMode() as mode:
             foretold = fake_quantize_backward(
                 *(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args)

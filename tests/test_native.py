@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cgmq_fx.passes import native
-from cgmq_fx.passes.grid import grid
+from cgmq_fx.passes.grid import PASS_THROUGH, adjacent_widths, grid
 from cgmq_fx.passes.kernel import Statistic, fake_quantize, reference, reference_backward
 from cgmq_fx.passes.placement import Places, places
 
@@ -94,7 +94,7 @@ class Data(NamedTuple):
     x: Tensor
     limit: Tensor
     bits: Tensor
-    adjacent: Tensor
+    adjacent: Tensor  # by bit-width
 
 
 def drawn(case: Case, dtype: torch.dtype, signed: bool) -> Data:
@@ -103,9 +103,8 @@ def drawn(case: Case, dtype: torch.dtype, signed: bool) -> Data:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     limit = (torch.rand(case.ranges, generator=random) + 0.3).to(wide)
     choices = torch.tensor(WIDTHS, dtype=torch.int32)
-    bits, adjacent = (
-        choices[torch.randint(len(choices), case.gates, generator=random)] for _ in range(2)
-    )
+    bits = choices[torch.randint(len(choices), case.gates, generator=random)]
+    adjacent = choices[torch.randint(len(choices), (PASS_THROUGH + 1,), generator=random)]
     x = torch.randn(case.x, generator=random).to(wide) * 0.8
     step = grid(limit, bits, signed).step
     halves = ((x / step).floor() + 0.5) * step
@@ -216,8 +215,9 @@ def test_tensors_that_are_not_dense_are_taken(x: Tensor) -> None:
     found = native.forward(*args, True)
     assert found is not None
     assert torch.equal(found, reference(*args, True))
-    grads = native.backward(x, *args, torch.tensor(2), True, False)
-    expected = reference_backward(x, *args, torch.tensor(2), True, False, Statistic.CHANGE)
+    beside = adjacent_widths((2, 4))
+    grads = native.backward(x, *args, beside, True, False)
+    expected = reference_backward(x, *args, beside, True, False, Statistic.CHANGE)
     assert grads is not None
     torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-5)
 
@@ -225,7 +225,7 @@ def test_tensors_that_are_not_dense_are_taken(x: Tensor) -> None:
 def through_the_op(x: Tensor, statistic: Statistic) -> list[Tensor]:
     leaf, limit = x.clone().requires_grad_(), torch.tensor(0.7, requires_grad=True)
     probe = torch.zeros(statistic.rows, requires_grad=True)
-    bits, adjacent = torch.tensor(4), torch.tensor(2)
+    bits, adjacent = torch.tensor(4), adjacent_widths((2, 4))
     y = fake_quantize(leaf, limit, bits, adjacent, probe, True, True, int(statistic))
     y.backward(torch.linspace(-1, 1, x.numel()).view_as(x))
     grads = [t.grad for t in (leaf, limit, probe)]
@@ -329,9 +329,9 @@ torch.set_num_threads(4)
 x, limit, bits = torch.linspace(-1, 1, 200_000), torch.tensor(0.9), torch.tensor(4)
 found = native.forward(x, limit, bits, True)
 assert torch.equal(found, reference(x, limit, bits, True))
-*_, changes = native.backward(x, x, limit, bits, torch.tensor(2), True, False)
+*_, changes = native.backward(x, x, limit, bits, adjacent_widths((2, 4)), True, False)
 torch.set_num_threads(1)
-alone = native.backward(x, x, limit, bits, torch.tensor(2), True, False)[2]
+alone = native.backward(x, x, limit, bits, adjacent_widths((2, 4)), True, False)[2]
 torch.testing.assert_close(changes, alone, rtol=1e-5, atol=0)
 """
 
