@@ -127,6 +127,8 @@ def _gradients(
     """Gradients of `fake_quantize` with respect to `x`, `limit` and `probe`."""
     kind, x = Statistic(statistic), _dense(x)
     next_bits = adjacent if kind is Statistic.CHANGE else None
+    if next_bits is not None and next_bits.shape != (PASS_THROUGH + 1,):
+        raise ValueError(f"adjacent is a table of {PASS_THROUGH + 1} bit-widths")
     fused = _fused(x)
     found: tuple[Tensor, Tensor, Tensor] | None = fused and fused.backward(
         grad, x, limit, bits, next_bits, signed, batched

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cgmq_fx.passes import native
-from cgmq_fx.passes.grid import PASS_THROUGH, adjacent_widths, grid
+from cgmq_fx.passes.grid import BITS_DTYPE, PASS_THROUGH, adjacent_widths, grid
 from cgmq_fx.passes.kernel import Statistic, fake_quantize, reference, reference_backward
 from cgmq_fx.passes.placement import Places, places
 
@@ -102,9 +102,9 @@ def drawn(case: Case, dtype: torch.dtype, signed: bool) -> Data:
     random = torch.Generator().manual_seed(0)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     limit = (torch.rand(case.ranges, generator=random) + 0.3).to(wide)
-    choices = torch.tensor(WIDTHS, dtype=torch.int32)
+    choices = torch.tensor(WIDTHS, dtype=BITS_DTYPE)
     bits = choices[torch.randint(len(choices), case.gates, generator=random)]
-    adjacent = choices[torch.randint(len(choices), (PASS_THROUGH + 1,), generator=random)]
+    adjacent = choices.int()[torch.randint(len(WIDTHS), (PASS_THROUGH + 1,), generator=random)]
     x = torch.randn(case.x, generator=random).to(wide) * 0.8
     step = grid(limit, bits, signed).step
     halves = ((x / step).floor() + 0.5) * step
