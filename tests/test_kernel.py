@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 from cgmq_fx.gates import level_of
-from cgmq_fx.passes.grid import adjacent_widths, grid, round_to_grid
+from cgmq_fx.passes.grid import adjacent_widths, round_to_grid
 from cgmq_fx.passes.kernel import Statistic, fake_quantize, fake_quantize_backward
 
 CHAIN = (2, 4, 8, 16)
