@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from decimal import ROUND_CEILING, Context, Decimal
 from itertools import compress
@@ -61,8 +61,7 @@ def check_feasible(graph: GraphFacts, budget: Budget) -> None:
     raise InfeasibleBudgetError(
         "the budget cannot be met, whatever the training does: "
         + "; ".join(lines)
-        + ". Allow smaller bit-widths (the scheme's bit_widths; 0 prunes) or raise the bound; "
-        f"`explain` shows what every bound leaves. (Counting: {CONVENTION})"
+        + f". {_advice(ledger)}; `explain` shows what every bound leaves. (Counting: {CONVENTION})"
     )
 
 
@@ -161,14 +160,52 @@ def _check_values(ledger: Ledger, totals: tuple[float, ...], where: str) -> None
 
 def dominating(ledger: Ledger, index: int, most: int = _DOMINANT) -> str:
     """What a constraint's cost is mostly made of, as text: "conv1 (75%), fc (12%)"."""
+    parts = _parts(ledger, index)
+    total = sum(parts.values()) or 1.0
+    return ", ".join(f"{name} ({parts[name] / total:.0%})" for name in _largest(parts, most))
+
+
+def _parts(ledger: Ledger, index: int) -> dict[str, float]:
+    """What a constraint's cost is made of, by name."""
     constraint, bits = ledger.budget.constraints[index], graph_bits(ledger.graph, ledger.assignment)
     inside = inside_scope(ledger.graph, constraint)
     graph = replace(ledger.graph, nodes=tuple(compress(ledger.graph.nodes, inside)))
     bits = GraphBits(list(compress(bits.nodes, inside)), bits.tensors)
-    parts = constraint.model.parts(graph, bits)
-    total = sum(parts.values()) or 1.0
-    largest = sorted(parts.items(), key=lambda part: -part[1])[:most]
-    return ", ".join(f"{name} ({cost / total:.0%})" for name, cost in largest)
+    return constraint.model.parts(graph, bits)
+
+
+def _largest(parts: Mapping[str, float], most: int = _DOMINANT) -> list[str]:
+    return sorted(parts, key=lambda name: -parts[name])[:most]
+
+
+def _without_gates(graph: GraphFacts, parts: Mapping[str, float]) -> list[str]:
+    """Parts of a cost that no gate can lower: layers and tensors without a quantizer."""
+    gates: dict[str, bool] = {}
+    for node in graph.nodes:
+        name = node.module or node.name
+        gates[name] = gates.get(name, False) or any(node.quantizers)
+    gates |= {t.name: t.quantizer is not None for t in graph.tensors if t.name not in gates}
+    return [name for name, cost in parts.items() if cost > 0 and not gates.get(name, True)]
+
+
+def _staying(ledger: Ledger, index: int) -> str:
+    """Which of the parts that dominate a cost have no gate, as text."""
+    parts = _parts(ledger, index)
+    fixed = set(_without_gates(ledger.graph, parts)).intersection(_largest(parts))
+    named = [name for name in _largest(parts) if name in fixed]
+    if not named:
+        return ""
+    verbs = ("has", "stays as it is") if len(named) == 1 else ("have", "stay as they are")
+    return f"; {', '.join(named)} {verbs[0]} no quantizer and {verbs[1]}"
+
+
+def _advice(ledger: Ledger) -> str:
+    """What can be done about the bounds that do not hold."""
+    for index in ledger.violated:
+        parts = _parts(ledger, index)
+        if sum(parts[name] for name in _without_gates(ledger.graph, parts)) > ledger.limits[index]:
+            return "What has no quantizer breaks the bound alone: raise it, or make that smaller"
+    return "Allow smaller bit-widths (the scheme's bit_widths; 0 prunes) or raise the bound"
 
 
 def _infeasible(ledger: Ledger, index: int) -> str:
@@ -182,6 +219,7 @@ def _infeasible(ledger: Ledger, index: int) -> str:
     return (
         f"{constraint} is asked for{hint}, but with every gate at its smallest bit-width it "
         f"is still {least(state)}, most of it in {dominating(ledger, index)}"
+        f"{_staying(ledger, index)}"
     )
 
 

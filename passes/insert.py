@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -13,11 +14,13 @@ from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.aliases import last_write
 from cgmq_fx.passes.infra import Pass, PassResult, place
 from cgmq_fx.passes.meeting import channel_axis, gate_shape, weight_axis
-from cgmq_fx.passes.oplists import AFFINE, AVERAGES, BINARY, INTEGER, LOOKUPS
+from cgmq_fx.passes.oplists import AFFINE, AVERAGES, BINARY, INTEGER, READS
 from cgmq_fx.passes.optable import (
     ComputeOp,
     argument,
     compute_op,
+    looked_up,
+    looked_up_axis,
     set_argument,
 )
 from cgmq_fx.passes.quantizer import Quantizer, QuantizerSpec
@@ -30,12 +33,11 @@ from cgmq_fx.passes.state import (
     reachable_from_inputs,
     shape_of,
     sources,
+    tensor_at,
     view_root,
 )
 
 QUANTIZERS = "cgmq_quantizers"
-_ROWS = 0
-"""The axis of a table that what is looked up runs along."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,20 +128,40 @@ def _outputs(module: GraphModule, live: set[Node]) -> Iterator[_Place]:
             yield _Place(view_root(node), Role.ACTIVATION, output, None)
 
 
-def _tables(module: GraphModule, live: set[Node]) -> Iterator[_Place]:
-    """Tables that are looked up, not yet on a grid; not those that the model writes into."""
+def _tables(module: GraphModule, live: set[Node], selection: Selection) -> list[list[_Place]]:
+    """Tables that are looked up, with their readers, not yet on a grid.
+
+    Not those that the model writes into, nor buffers that are only picked from: those are no
+    weights (sines and cosines of positions, for example).
+    """
+    found: dict[Node, list[_Place]] = {}
     for node in module.graph.nodes:
-        table = argument(node, "weight") if node.target in LOOKUPS else None
-        if table is None or table in live or not is_float(table):
+        table = looked_up(node)
+        if table is None or table in live or not is_float(table) or selection.skips(node):
+            continue
+        root = view_root(table)
+        if node.target in READS and not _is_parameter(module, root):
             continue
         if last_write(table) is None and quantizer_of(module, table) is None:
-            yield _Place(view_root(table), Role.WEIGHT, node, None)
+            found.setdefault(root, []).append(_Place(root, Role.WEIGHT, node, None))
+    return list(found.values())
+
+
+def _is_parameter(module: GraphModule, node: Node) -> bool:
+    return node.op == "get_attr" and isinstance(tensor_at(module, node.target), nn.Parameter)
+
+
+def _row_axis(place: _Place) -> int | None:
+    """The axis of a table that runs over its rows, if they are what is looked up and ranges pay."""
+    shape, axis = shape_of(place.node) or (), looked_up_axis(place.reader)
+    whole = looked_up(place.reader) is place.node and axis in (0, -len(shape))
+    return 0 if whole and prod(shape[1:]) > 1 else None
 
 
 def _spec(scheme: Scheme, places: list[_Place], batched: bool) -> QuantizerSpec:
     first, shape = places[0], shape_of(places[0].node) or ()
     if first.role is Role.WEIGHT:
-        axes = {weight_axis(p.reader, p.op) if p.op else _ROWS for p in places}
+        axes = {weight_axis(p.reader, p.op) if p.op else _row_axis(p) for p in places}
         axis = axes.pop() if len(axes) == 1 else None
         gates = gate_shape("tensor" if first.op is None else scheme.weights, shape, axis)
         ranges = gate_shape(scheme.weight_ranges, shape, axis)
@@ -203,8 +225,6 @@ def _insert(module: GraphModule, node: Node, path: str, selection: Selection) ->
         skipped = compute_op(user) is not None and selection.skips(user)
         if user is not call and late and not skipped and not _reads_size_only(user):
             user.replace_input_with(node, call)
-            if user.target in LOOKUPS and argument(user, "sparse", False):
-                set_argument(user, "sparse", False)  # rounding has a gradient in every row
 
 
 def _first_reader(node: Node, written: Node | None) -> Node:
@@ -260,12 +280,14 @@ class InsertQuantizers(Pass):
                     path = _make(module, node, spec if node is group[0] else own)
                 _insert(module, node, path, selection)
         if self.scheme.output_bits is not None:
-            self._insert_all(
-                module, selection, _outputs(module, reachable_from_inputs(module.graph))
-            )
+            outputs = _outputs(module, reachable_from_inputs(module.graph))
+            self._insert_all(module, selection, ([place] for place in outputs))
             _fix_outputs(module, self.scheme.output_bits)
-        self._insert_all(module, selection, _tables(module, reachable_from_inputs(module.graph)))
-        self._insert_all(module, selection, _links(module, reachable_from_inputs(module.graph)))
+        tables = _tables(module, reachable_from_inputs(module.graph), selection)
+        self._insert_all(module, selection, tables)
+        links = _links(module, reachable_from_inputs(module.graph))
+        self._insert_all(module, selection, ([place] for place in links))
+        _make_dense(module)
         if self.scheme.input_bits is not None and not _has_input_quantizer(module):
             raise OptionError(
                 "input_bits fixes nothing: no layer that is quantized reads an input of the "
@@ -274,16 +296,16 @@ class InsertQuantizers(Pass):
         return PassResult(module, modified=True)
 
     def _insert_all(
-        self, module: GraphModule, selection: Selection, places: Iterator[_Place]
+        self, module: GraphModule, selection: Selection, groups: Iterable[list[_Place]]
     ) -> None:
-        """Insert a quantizer at every place, but where an earlier one has put it on a grid."""
-        for where in list(places):
-            node = where.node
-            if where.reader.op != "output" and selection.skips(where.reader):
+        """Insert a quantizer on every tensor, but where an earlier one has put it on a grid."""
+        for places in list(groups):
+            node, reader = places[0].node, places[0].reader
+            if reader.op != "output" and selection.skips(reader):
                 continue
             if quantizer_of(module, node) is None and not _is_quantized(module, node):
-                scheme = selection.scheme_of([where.reader], where.role)
-                spec = _spec(scheme, [where], self.batched)
+                scheme = selection.scheme_of((p.reader for p in places), places[0].role)
+                spec = _spec(scheme, places, self.batched)
                 _insert(module, node, _make(module, node, spec), selection)
 
     def check(self, module: GraphModule) -> None:
@@ -294,6 +316,17 @@ class InsertQuantizers(Pass):
             for factor in operands(node, op) if op else ():
                 if is_float(factor) and quantizer_of(module, factor) is None:
                     raise PassError(f"{factor} of {node} ({place(node)}) has no quantizer")
+
+
+def _make_dense(module: GraphModule) -> None:
+    """Let tables on a grid have dense gradients: rounding has one in every row."""
+    for node in module.graph.nodes:
+        table = looked_up(node)
+        if table is None or quantizer_of(module, table) is None:
+            continue
+        for name in ("sparse", "sparse_grad"):
+            if argument(node, name, False):
+                set_argument(node, name, False)
 
 
 def _fix_outputs(module: GraphModule, bits: int) -> None:

@@ -56,8 +56,11 @@ NON_NEGATIVE_IF_INPUTS = GRID_PRESERVING | overloads(
 JOINS = overloads("cat concat stack")
 """Ops that put tensors side by side: a grid of the output is a grid of every input."""
 
-LOOKUPS = overloads("embedding")
-"""Ops whose output is rows of a table, their weight."""
+LOOKUPS = overloads("embedding embedding_bag")
+"""Ops whose output is rows of a table, their weight, or what rows add up to."""
+
+READS = overloads("index index_select gather take_along_dim")
+"""Ops that pick from their first argument: lookups if that is state, and what is picked varies."""
 
 BINARY = overloads("add sub mul maximum minimum")
 """Element-wise ops that an integer runtime executes on two quantized operands."""

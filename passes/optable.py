@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
-from cgmq_fx.passes.oplists import FREE, GRID_PRESERVING, PADS, VIEWS
+from cgmq_fx.passes.oplists import FREE, GRID_PRESERVING, LOOKUPS, PADS, READS, VIEWS
 
 Shape: TypeAlias = tuple[int, ...]
 Macs: TypeAlias = Callable[[Shape, Shape, Shape], int]
@@ -132,10 +132,66 @@ def is_view(node: Node) -> bool:
     return node.op == "call_function" and node.target in VIEWS
 
 
+def looked_up(node: Node) -> Node | None:
+    """The table that a node looks something up in, or None.
+
+    What is read from parameters and buffers at places that depend on the model's input is looked
+    up; at places that are fixed, it is only put in another order.
+    """
+    if node.op != "call_function":
+        return None
+    if node.target in LOOKUPS:
+        table = argument(node, "weight")
+        return table if isinstance(table, Node) else None
+    if node.target not in READS or not isinstance(node.args[0], Node):
+        return None
+    table, places = node.args[0], [n for n in node.all_input_nodes if n is not node.args[0]]
+    return table if _is_state(table) and any(map(_varies, places)) else None
+
+
+def _is_state(node: Any) -> bool:
+    """Whether a node is a parameter or a buffer, behind views and its quantizer."""
+    while isinstance(node, Node) and node.args:
+        own = getattr(node.target, "namespace", "") == "cgmq_fx" or node.op == "call_module"
+        if not own and not is_view(node):
+            return False
+        node = node.args[0]
+    return isinstance(node, Node) and node.op == "get_attr"
+
+
+def _varies(node: Node) -> bool:
+    """Whether a node depends on the model's input."""
+    waiting, seen = [node], {node}
+    while waiting:
+        current = waiting.pop()
+        if current.op == "placeholder":
+            return True
+        waiting += [n for n in current.all_input_nodes if n not in seen]
+        seen.update(waiting)
+    return False
+
+
+def looked_up_axis(node: Node) -> int | None:
+    """The axis of a table that a lookup picks whole slices along; None if it picks elements."""
+    if node.target in LOOKUPS:
+        return 0
+    if node.target is _ATEN.index_select.default:
+        return int(argument(node, "dim"))
+    if node.target is not _ATEN.index.Tensor:
+        return None
+    given = [(axis, n) for axis, n in enumerate(argument(node, "indices")) if n is not None]
+    numbers = all(n.meta["val"].dtype is not torch.bool for _, n in given)
+    return given[0][0] if len(given) == 1 and numbers else None
+
+
 def preserves_grid(node: Node) -> bool:
-    """Whether the node's output values are values of its first argument, or 0."""
+    """Whether the node's output values are values of its first argument, or 0.
+
+    What is looked up in a table is not: its rows have grids of their own.
+    """
     if node.op != "call_function" or node.target not in PADS:
-        return node.op == "call_function" and node.target in GRID_PRESERVING
+        passes = node.op == "call_function" and node.target in GRID_PRESERVING
+        return passes and (node.target not in READS or looked_up(node) is None)
     constant = argument(node, "mode", "constant") == "constant"
     return constant and argument(node, "value", 0) in (0, 0.0, None)
 

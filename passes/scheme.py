@@ -39,7 +39,7 @@ class Scheme:
             (float), ascending. Tensors that only element-wise ops read take those of 2 to 8 bits,
             8 if there is none.
         weights: Gates of weights: per tensor, per output channel or per element. Tables that are
-            only looked up (embeddings) have one.
+            only looked up (embeddings, bags, parameters read by indices) have one.
         activations: Gates of activations: per tensor or per channel.
         weight_ranges: Ranges of weights: per tensor or per output channel (of tables, per row).
         input_bits: Fixes the network's inputs at this bit-width, or what becomes of them by sums

@@ -11,8 +11,8 @@ from torch.fx import Graph, Node
 from cgmq_fx.cost_models.errors import OptionError
 from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.infra import module_path
-from cgmq_fx.passes.oplists import AVERAGES, BINARY, LOOKUPS
-from cgmq_fx.passes.optable import compute_op
+from cgmq_fx.passes.oplists import AVERAGES, BINARY
+from cgmq_fx.passes.optable import compute_op, looked_up
 from cgmq_fx.passes.scheme import Scheme
 
 _LISTED = 20
@@ -51,7 +51,7 @@ class Selection:
     def __init__(self, scheme: Scheme, graph: Graph) -> None:
         self._scheme = scheme
         layers = [n for n in graph.nodes if compute_op(n) is not None]
-        others = [n for n in graph.nodes if n.op == "call_function" and n.target in _LINKS]
+        others = [n for n in graph.nodes if _is_link(n)]
         for name, patterns in (("skip", scheme.skipped), ("only", scheme.chosen)):
             _check(name, patterns, layers, others)
         _check("layers", [pattern for pattern, _ in scheme.layer_widths], layers, others)
@@ -102,7 +102,10 @@ class Selection:
         return scheme
 
 
-_LINKS = BINARY | AVERAGES | LOOKUPS
+def _is_link(node: Node) -> bool:
+    """Whether a node is no layer, but may have a quantizer of its own."""
+    called = node.op == "call_function"
+    return called and (node.target in BINARY | AVERAGES or looked_up(node) is not None)
 
 
 def _check(name: str, patterns: Iterable[str], layers: list[Node], others: list[Node]) -> None:

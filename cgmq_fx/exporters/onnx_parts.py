@@ -16,7 +16,7 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from cgmq_fx.exporters.onnx_ops import COMPUTE, OPS, UNKNOWN
-from cgmq_fx.passes.oplists import FREE, GRID_PRESERVING, IN_PLACE, JOINS, PADS, VIEWS
+from cgmq_fx.passes.oplists import FREE, GRID_PRESERVING, IN_PLACE, JOINS, PADS, READS, VIEWS
 
 KEY = "cgmq_fx.op"
 """The property of a node that names the op."""
@@ -125,7 +125,10 @@ def _whole(
     live = [n for n in ordered if n in varying]
     if not live:
         return None
-    if not _fits(target, nodes, live, leaving[0], sizes):
+    looks_up = target in READS and any(
+        n.op_type.startswith("Gather") and n.input[1] in varying for n in nodes
+    )
+    if looks_up or not _fits(target, nodes, live, leaving[0], sizes):
         target = UNKNOWN
     return Whole(target, tuple(nodes), tuple(ordered), leaving[0])
 

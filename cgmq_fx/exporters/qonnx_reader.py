@@ -40,28 +40,36 @@ def as_integers(model: Any) -> Any:
     del graph.node[:], copied.opset_import[:]
     copied.opset_import.add(domain="", version=_OPSET)
     clips = {n.output[0]: n for n in nodes if n.op_type == "Clip" and len(n.input) == 3}
+    tables = {n.input[0] for n in nodes if n.op_type.startswith("Gather")}
     for node in nodes:
         if node.domain == DOMAIN:
             if node.op_type != "Quant":
                 raise ArtifactError(f"{node.name} is a {node.op_type}, which is not counted")
             clip = clips.get(node.input[0])
             ends = [constants.get(name) for name in clip.input[1:]] if clip else []
-            graph.node.extend(_Quant(node, constants, ends).nodes(graph))
+            quant = _Quant(node, constants, ends, not tables.isdisjoint(node.output))
+            graph.node.extend(quant.nodes(graph))
         else:
             graph.node.append(node)
     return copied
 
 
 class _Quant:
-    """One `Quant` node, and the constant ends of a `Clip` in front of it, if there is one."""
+    """One `Quant` node, and the constant ends of a `Clip` in front of it, if there is one.
 
-    def __init__(self, node: Any, constants: dict[str, Any], ends: list[Any]) -> None:
+    A vector is a bias, unless it is a table that something is looked up in.
+    """
+
+    def __init__(
+        self, node: Any, constants: dict[str, Any], ends: list[Any], is_table: bool
+    ) -> None:
         from onnx import numpy_helper
 
         inputs = [constants.get(name) for name in node.input]
         if len(inputs) != 4 or any(tensor is None for tensor in inputs[1:]):
             raise ArtifactError(f"the grid of {node.name} is not in the file")
         self._node = node
+        self._is_table = is_table
         self._stored = inputs[0]
         scale, zero, bits = (numpy_helper.to_array(tensor) for tensor in inputs[1:])
         flags = {a.name: a.i for a in node.attribute if a.name in ("signed", "narrow")}
@@ -101,13 +109,13 @@ class _Quant:
         return first, last
 
     def _constant(self, graph: Any, stored: Any) -> list[Any]:
-        """A weight, or a bias: a vector."""
+        """A weight, or a bias."""
         from onnx import helper, numpy_helper
 
         values = numpy_helper.to_array(stored).astype(np.float64)
         low, high = self._limits()
         codes = np.clip(np.rint(values / self._scale), low, high)
-        kind = np.int32 if values.ndim < 2 else np.int16
+        kind = np.int32 if values.ndim < 2 and not self._is_table else np.int16
         if np.abs(codes).max(initial=0) > np.iinfo(kind).max:
             raise ArtifactError(f"{self._node.name} holds codes of more than {_MOST_BITS} bits")
         name = f"{stored.name.removesuffix('_values')}_codes"
