@@ -141,8 +141,7 @@ def quantize(
         teacher = copy_graph(captured.module).eval() if loss is None else None
         data = SyntheticBatches(captured.inputs, seed) if train_data is None else train_data
         first_batch(data, "train_data")
-        if val_data is not None:
-            first_batch(val_data, "val_data")
+        example = None if val_data is None else first_batch(val_data, "val_data")
         steps = epochs * batch_count(data)
         search = search_steps(steps)
         way = direction_of(direction)
@@ -175,6 +174,8 @@ def quantize(
             ledger = Ledger(prepared.facts, prepared.budget, highest_bits(prepared.facts))
             costs = {"costs with the most bits": list(ledger.totals)}  # a model's arguments matter
             run.resume(checkpoint, identity | costs, (data, val_data))
+        if val_data is not None:
+            run.check_metric(example)
         result = run.train(data, val_data, epochs)
         return replace(result, warnings=(*result.warnings, *remarks))
 

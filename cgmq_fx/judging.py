@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from cgmq_fx.calibrate import unchanged_buffers
 from cgmq_fx.cost_models.errors import DataError
+from cgmq_fx.random_state import RandomState
 from cgmq_fx.together import summed
 from cgmq_fx.training import Loss, Metric
 
@@ -49,6 +54,26 @@ def judged(name: str, function: Loss | Metric, output: Any, target: Any) -> Tens
             f"{name}(output, target) must return one number, not {shapes_of(value)}{kind}"
         )
     return value
+
+
+def copied(metric: Metric | None) -> Metric | None:
+    """A metric that may be asked on trial: some keep what they have seen. None if there is none."""
+    try:
+        return deepcopy(metric)
+    except Exception:  # noqa: BLE001  # whatever its members say to being copied
+        return None
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Give back a model's buffers and mode, and the random state, as they were."""
+    before, training = RandomState.of(()), model.training
+    try:
+        with unchanged_buffers(model):
+            yield
+    finally:
+        model.train(training)
+        before.restore(())
 
 
 def shapes_of(value: Any) -> str:

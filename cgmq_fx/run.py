@@ -34,7 +34,7 @@ from cgmq_fx.health import silent_channels
 from cgmq_fx.history import EpochRecord, History, StepRecord
 from cgmq_fx.identity import optimizer_identity
 from cgmq_fx.interrupt import Interrupt
-from cgmq_fx.judging import Means, judged, shapes_of
+from cgmq_fx.judging import Means, copied, judged, shapes_of, untouched
 from cgmq_fx.passes.capture import ExampleInputs, device_of
 from cgmq_fx.passes.norms import agree_on_norms
 from cgmq_fx.passes.processes import process_count
@@ -127,6 +127,19 @@ class Run:
             raise CheckpointError(
                 f"the checkpoint in {options.folder} is damaged: {error}"
             ) from error
+
+    def check_metric(self, raw: Any) -> None:
+        """Ask a copy of the metric about a batch, before anything is trained.
+
+        Raises:
+            DataError: If it fails, or gives no number.
+        """
+        metric = copied(self.metric)
+        if metric is not None:
+            batch = self._batch(raw)
+            with untouched(self.model), torch.no_grad():
+                output = self._call(self.model.eval(), batch.inputs)
+                judged("metric", metric, output, batch.target)
 
     def _keep(self, last: bool = False) -> None:
         """Write a checkpoint, if it is time, in the first process."""
