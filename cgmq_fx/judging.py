@@ -60,7 +60,7 @@ def copied(metric: Metric | None) -> Metric | None:
     """A metric that may be asked on trial: some keep what they have seen. None if there is none."""
     try:
         return deepcopy(metric)
-    except Exception:  # noqa: BLE001  # whatever its members say to being copied
+    except Exception:  # noqa: BLE001 - whatever its members say to being copied
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -14,7 +15,7 @@ from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.aliases import last_write
 from cgmq_fx.passes.infra import Pass, PassResult, place
 from cgmq_fx.passes.meeting import channel_axis, gate_shape, weight_axis
-from cgmq_fx.passes.oplists import AFFINE, AVERAGES, BINARY, INTEGER, READS
+from cgmq_fx.passes.oplists import AFFINE, AVERAGES, BINARY, INTEGER, JOINS, MOVES, READS
 from cgmq_fx.passes.optable import (
     ComputeOp,
     argument,
@@ -183,13 +184,28 @@ def _spec(scheme: Scheme, places: list[_Place], batched: bool) -> QuantizerSpec:
 
 
 def _is_input(node: Node) -> bool:
-    """Whether a tensor is an input, or one that was scaled and shifted by constants."""
-    while node.op == "call_function" and node.target in AFFINE:
-        inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
-        if len(inputs) != 1:
+    """Whether a tensor is made of inputs that were moved, or scaled and shifted by constants."""
+    waiting, seen = [node], {node}
+    while waiting:
+        current = waiting.pop()
+        origins = [current] if current.op == "placeholder" else _origins(current)
+        if not origins:
             return False
-        (node,) = inputs
-    return node.op == "placeholder"
+        waiting += [n for n in origins if n not in seen]
+        seen.update(origins)
+    return True
+
+
+def _origins(node: Node) -> list[Node]:
+    """The tensors whose values a node moves, scales or shifts; none if it does anything else."""
+    if node.op != "call_function":
+        return []
+    if node.target in JOINS:
+        return node.all_input_nodes
+    if node.target in MOVES or node.target is operator.getitem:
+        return [node.args[0]] if isinstance(node.args[0], Node) else []
+    inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
+    return inputs if node.target in AFFINE and len(inputs) == 1 else []
 
 
 def _name(module: GraphModule, node: Node) -> str:
@@ -291,7 +307,7 @@ class InsertQuantizers(Pass):
         if self.scheme.input_bits is not None and not _has_input_quantizer(module):
             raise OptionError(
                 "input_bits fixes nothing: no layer that is quantized reads an input of the "
-                "network, as it is or scaled and shifted by constants"
+                "network, as it is, moved, or scaled and shifted by constants"
             )
         return PassResult(module, modified=True)
 

@@ -65,7 +65,7 @@ READS = overloads("index index_select gather take_along_dim")
 BINARY = overloads("add sub mul maximum minimum")
 """Element-wise ops that an integer runtime executes on two quantized operands."""
 
-AFFINE = VIEWS | overloads("add sub mul div rsub to _to_copy")
+AFFINE = overloads("add sub mul div rsub to _to_copy")
 """Ops that scale and shift a tensor, if their other operands are constants."""
 
 AVERAGES = overloads(
@@ -78,6 +78,18 @@ AVERAGES = overloads(
 
 PADS = overloads("constant_pad_nd pad")
 """Ops that add values around a tensor; zeros are on every grid."""
+
+MOVES = (
+    (GRID_PRESERVING - overloads("relu"))
+    | PADS
+    | overloads(
+        """
+    im2col reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+    replication_pad3d index take_along_dim diagonal rot90
+    """
+    )
+)
+"""Ops whose output values are values of their first argument, moved, copied or padded."""
 
 INTEGER = (
     GRID_PRESERVING

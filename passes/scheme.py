@@ -42,9 +42,9 @@ class Scheme:
             only looked up (embeddings, bags, parameters read by indices) have one.
         activations: Gates of activations: per tensor or per channel.
         weight_ranges: Ranges of weights: per tensor or per output channel (of tables, per row).
-        input_bits: Fixes the network's inputs at this bit-width, or what becomes of them by sums
-            and products with constants, where that is quantized; None lets the search decide. An
-            error if neither is.
+        input_bits: Fixes the network's inputs at this bit-width, or what becomes of them by moving
+            values and by sums and products with constants, where that is quantized; None lets the
+            search decide. An error if neither is.
         output_bits: Quantizes the network's outputs too, at this bit-width; None leaves them.
         power_of_two: Whether the steps of all grids are powers of two, so that scaling is a shift.
         skip: Layers that stay in float; one pattern or several.
