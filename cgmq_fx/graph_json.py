@@ -375,13 +375,16 @@ def _install(root: nn.Module, name: str, module: nn.Module) -> None:
         if old is None or set(old._parameters) | set(old._buffers) != {"log_range", "bits"}:
             raise ArtifactError(f"the file has no range or no bits for {name}")
         module.log_range = nn.Parameter(old.get_parameter("log_range").data)
-        module.bits = old.get_buffer("bits")
-        shapes = (tuple(module.log_range.shape), tuple(module.bits.shape))
+        bits = old.get_buffer("bits")
+        shapes = (tuple(module.log_range.shape), tuple(bits.shape))
         if shapes != (module.spec.range_shape, module.spec.gate_shape):
             raise ArtifactError(f"the range or the bits of {name} have the wrong shape")
         if not module.log_range.is_floating_point() or not bool(module.log_range.isfinite().all()):
             raise ArtifactError(f"the range of {name} is not a finite number")
-        widths = torch.tensor(module.spec.bit_widths, dtype=BITS_DTYPE)
-        if module.bits.dtype != BITS_DTYPE or not bool(torch.isin(module.bits, widths).all()):
+        if bits.dtype.is_floating_point or bits.dtype.is_complex or bits.dtype is torch.bool:
+            raise ArtifactError(f"the bits of {name} are no whole numbers, but {bits.dtype}")
+        widths = torch.tensor(module.spec.bit_widths, dtype=torch.int64)
+        if not bool(torch.isin(bits.long(), widths).all()):
             raise ArtifactError(f"{name} has bits that are not among its bit-widths")
+        module.bits = bits.to(BITS_DTYPE)  # earlier files have wider ones
     parent.add_module(last, module)

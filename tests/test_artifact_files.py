@@ -221,3 +221,16 @@ def test_metrics_need_not_be_finite(value: float, tmp_path: Path) -> None:
     result = replace(result, metrics={"metric": value})
     found = load(result.save(tmp_path / "net.safetensors")).metrics["metric"]
     assert str(found) == str(value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
+def test_bits_of_earlier_files_may_be_wider(
+    path: Path, content: Content, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    header, tensors = copy.deepcopy(content)
+    bits = [name for name in tensors if name.endswith(".bits")]
+    assert bits
+    write(tmp_path / "old", header, {**tensors, **{name: tensors[name].to(dtype) for name in bits}})
+    old, new = load(tmp_path / "old"), load(path)
+    assert {b.dtype for n, b in old.model.named_buffers() if n.endswith(".bits")} == {torch.int8}
+    assert old.cost.assignment == new.cost.assignment
