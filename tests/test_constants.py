@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
@@ -128,3 +129,69 @@ def test_frozen_parts_give_a_frozen_weight() -> None:
     assert {n for n, p in module.named_parameters() if p.requires_grad} == {
         *("bias", "head.weight", "head.bias")
     }
+
+
+def averaged(rows: Tensor) -> Tensor:
+    """Each row the mean of those before it."""
+    weight = torch.tril(torch.ones(6, 6))
+    return (weight / weight.sum(1, keepdim=True)) @ rows
+
+
+def written(rows: Tensor) -> Tensor:
+    weight = torch.zeros(6, 6)
+    weight[0, :] = 1
+    weight.fill_diagonal_(2)
+    weight[3:5] += 1
+    return weight @ rows
+
+
+def spread(rows: Tensor) -> Tensor:
+    return torch.bmm(torch.eye(6)[None].expand(rows.shape[0], -1, -1), rows)
+
+
+def looked_up(rows: Tensor) -> Tensor:
+    return nn.functional.embedding((rows > 0).sum(-1), torch.eye(7)[:, :6])
+
+
+def shifted(rows: Tensor) -> Tensor:
+    return nn.functional.linear(rows, torch.ones(6, 6).cumsum(0), torch.arange(6.0) / 10)
+
+
+class Computes(nn.Module):
+    """Two layers with something of constants between them."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.between, self.first, self.head = between, nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.head(torch.relu(self.between(self.first(x)))))
+
+
+@pytest.mark.parametrize(
+    ("between", "elements"),
+    [(averaged, [36]), (written, [36]), (spread, [36]), (looked_up, [42]), (shifted, [6, 36])],
+)
+def test_constant_factors_are_stored(
+    between: Callable[[Tensor], Tensor], elements: list[int], tmp_path: Path
+) -> None:
+    model, x = Computes(between).eval(), torch.randn(4, 6, 6)
+    module = float_graph(model, ExampleInputs((x,))).module
+    assert torch.equal(module(x), model(x))
+    assert sorted(b.numel() for b in module.buffers()) == elements
+    result = cgmq_fx.prepare(model, "weights <= 60%", x).finalize()
+    suffixes = ["pt2", "safetensors"]
+    suffixes += ["onnx"] if find_spec("onnxruntime") and find_spec("onnxscript") else []
+    for suffix in suffixes:
+        (state,) = result.export(tmp_path / f"net.{suffix}", verify=False).certificate.states
+        assert state.reference == result.cost["weights"].reference
+        assert state.value <= result.cost["weights"].value
+
+
+def test_random_factors_and_those_of_the_input_are_not_stored() -> None:
+    def drawn(rows: Tensor) -> Tensor:
+        return torch.rand(6, 6) @ (torch.ones_like(rows[0]) @ rows)
+
+    module = float_graph(Computes(drawn), ExampleInputs((torch.randn(4, 6, 6),))).module
+    assert not list(module.buffers())
