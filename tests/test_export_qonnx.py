@@ -194,3 +194,37 @@ def test_an_activation_of_no_bits_costs_nothing(tmp_path: Path) -> None:
     assert result.cost.assignment["input_1"] == 0
     exported = result.export(tmp_path / "net.onnx", "qonnx")
     assert exported.certificate.states[0].value == result.cost.states[0].value
+
+
+def unfolded(x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.unfold(x, 3).transpose(1, 2)
+
+
+def rotated(x: torch.Tensor) -> torch.Tensor:
+    angles = torch.arange(18.0) @ torch.linspace(0.0, 1.0, 18)[:, None]
+    return x.flatten(1)[:, None, :18] * angles.cos()
+
+
+CASES_OF_PARTS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "gelu": (lambda x: nn.functional.gelu(x.flatten(1)[:, :18]), "activations <= 72 B"),
+    "unfold": (unfolded, "weights <= 50 B"),
+    "vectors": (rotated, "weights <= 60 B, bops <= 3%"),
+}
+
+
+@pytest.mark.parametrize("case", CASES_OF_PARTS)
+def test_files_hold_no_more_than_the_model(case: str, tmp_path: Path) -> None:
+    between, budget = CASES_OF_PARTS[case]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(18, 4)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.head(between(x))
+
+    torch.manual_seed(0)
+    result = prepare(Net(), budget, torch.randn(2, 2, 5, 5)).finalize()
+    states = result.export(tmp_path / "net.onnx", "qonnx").certificate.states
+    assert [s.value for s in states] == [s.value for s in result.cost]

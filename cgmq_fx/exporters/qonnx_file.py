@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cgmq_fx.cost_models.errors import ExportError
 from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_exporter
-from cgmq_fx.exporters.onnx_file import without_notes
+from cgmq_fx.exporters.onnx_file import translated, without_notes
 from cgmq_fx.exporters.onnx_reader import read_onnx
 from cgmq_fx.exporters.program import quiet
 from cgmq_fx.exporters.samples import first_sample, run_each
@@ -51,13 +51,9 @@ class QONNX(Exporter):
                 program = torch.export.export(
                     module, sample.args, dict(sample.kwargs), strict=False
                 )
-                exported = torch.onnx.export(
-                    program, dynamo=True, opset_version=OPSET, verbose=False
-                )
         except Exception as error:
             raise ExportError(f"torch.onnx cannot translate the model: {error}") from error
-        if exported is None:
-            raise ExportError("torch.onnx gave no program")
+        exported = translated(program, {}, OPSET)
         manifest = json.loads(source.manifest) | {"batch": sample.batch or 1}
         ir.save(without_notes(exported.model, json.dumps(manifest)), path)
 

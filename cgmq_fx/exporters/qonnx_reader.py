@@ -12,6 +12,11 @@ DOMAIN = "qonnx.custom_op.general"
 _OPSET = 21
 """The first one that quantizes to 16 bits."""
 
+_FACTORS = {"MatMul", "Gemm", "Conv", "ConvTranspose"}
+"""Ops whose first two inputs are multiplied."""
+
+_VIEWS = {"Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+
 _MOST_BITS = 16
 _MOST_BIAS_BITS = 32
 
@@ -40,36 +45,51 @@ def as_integers(model: Any) -> Any:
     del graph.node[:], copied.opset_import[:]
     copied.opset_import.add(domain="", version=_OPSET)
     clips = {n.output[0]: n for n in nodes if n.op_type == "Clip" and len(n.input) == 3}
-    tables = {n.input[0] for n in nodes if n.op_type.startswith("Gather")}
+    factors = _factors(nodes)
     for node in nodes:
         if node.domain == DOMAIN:
             if node.op_type != "Quant":
                 raise ArtifactError(f"{node.name} is a {node.op_type}, which is not counted")
             clip = clips.get(node.input[0])
             ends = [constants.get(name) for name in clip.input[1:]] if clip else []
-            quant = _Quant(node, constants, ends, not tables.isdisjoint(node.output))
+            quant = _Quant(node, constants, ends, node.output[0] in factors)
             graph.node.extend(quant.nodes(graph))
         else:
             graph.node.append(node)
     return copied
 
 
+def _factors(nodes: list[Any]) -> set[str]:
+    """Names of the values that are multiplied or looked up in, as they are or viewed."""
+    found: set[str] = set()
+    for node in reversed(nodes):
+        if node.op_type in _FACTORS:
+            found.update(node.input[:2])
+        elif node.op_type.startswith("Gather"):
+            found.add(node.input[0])
+        elif node.op_type in _VIEWS and node.output[0] in found:
+            found.add(node.input[0])
+    return found
+
+
 class _Quant:
     """One `Quant` node, and the constant ends of a `Clip` in front of it, if there is one.
 
-    A vector is a bias, unless it is a table that something is looked up in.
+    Args:
+        node: The node.
+        constants: The tensors of the file, by name.
+        ends: Those of the `Clip`.
+        factor: Whether what it gives is multiplied or looked up in.
     """
 
-    def __init__(
-        self, node: Any, constants: dict[str, Any], ends: list[Any], is_table: bool
-    ) -> None:
+    def __init__(self, node: Any, constants: dict[str, Any], ends: list[Any], factor: bool) -> None:
         from onnx import numpy_helper
 
         inputs = [constants.get(name) for name in node.input]
         if len(inputs) != 4 or any(tensor is None for tensor in inputs[1:]):
             raise ArtifactError(f"the grid of {node.name} is not in the file")
         self._node = node
-        self._is_table = is_table
+        self._factor = factor
         self._stored = inputs[0]
         scale, zero, bits = (numpy_helper.to_array(tensor) for tensor in inputs[1:])
         flags = {a.name: a.i for a in node.attribute if a.name in ("signed", "narrow")}
@@ -109,13 +129,13 @@ class _Quant:
         return first, last
 
     def _constant(self, graph: Any, stored: Any) -> list[Any]:
-        """A weight, or a bias."""
+        """A weight or a table, or a bias: a vector that is neither."""
         from onnx import helper, numpy_helper
 
         values = numpy_helper.to_array(stored).astype(np.float64)
         low, high = self._limits()
         codes = np.clip(np.rint(values / self._scale), low, high)
-        kind = np.int32 if values.ndim < 2 and not self._is_table else np.int16
+        kind = np.int32 if values.ndim < 2 and not self._factor else np.int16
         if np.abs(codes).max(initial=0) > np.iinfo(kind).max:
             raise ArtifactError(f"{self._node.name} holds codes of more than {_MOST_BITS} bits")
         name = f"{stored.name.removesuffix('_values')}_codes"
