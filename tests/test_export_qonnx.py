@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -212,19 +213,37 @@ CASES_OF_PARTS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = 
 }
 
 
+class Between(nn.Module):
+    """A linear layer behind an op."""
+
+    def __init__(self, op: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.op, self.head = op, nn.Linear(18, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.head(self.op(x))
+
+
 @pytest.mark.parametrize("case", CASES_OF_PARTS)
 def test_files_hold_no_more_than_the_model(case: str, tmp_path: Path) -> None:
-    between, budget = CASES_OF_PARTS[case]
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = nn.Linear(18, 4)
-
-        def forward(self, x: torch.Tensor) -> Any:
-            return self.head(between(x))
-
-    torch.manual_seed(0)
-    result = prepare(Net(), budget, torch.randn(2, 2, 5, 5)).finalize()
+    op, budget = CASES_OF_PARTS[case]
+    result = prepare(Between(op), budget, torch.randn(2, 2, 5, 5)).finalize()
     states = result.export(tmp_path / "net.onnx", "qonnx").certificate.states
     assert [s.value for s in states] == [s.value for s in result.cost]
+
+
+def spread(x: torch.Tensor) -> torch.Tensor:
+    """What is expanded to a batch of 1 is no tensor of its own in the file."""
+    return torch.eye(16)[None].expand(x.shape[0], -1, -1).bmm(x)
+
+
+def test_a_file_that_costs_less_at_32_bits_states_what_its_bounds_refer_to(tmp_path: Path) -> None:
+    x = torch.randn(4, 16, 18)
+    result = prepare(Between(spread), "activations <= 70%, bops <= 5%", x).finalize()
+    path = result.export(tmp_path / "net.onnx", "qonnx", verify=False).path
+    found = verify(path, "activations <= 70%, arena <= 70%").states
+    assert [s.reference for s in verify(path).states] == [s.reference for s in result.cost]
+    assert found[0].reference == result.cost["activations"].reference > found[1].reference
+    (entry,) = (p for p in onnx.load(path).metadata_props if p.key == "cgmq_fx")
+    assert list(json.loads(entry.value)["references"]) == ["activations of 32 bits"]

@@ -12,6 +12,7 @@ from torch import nn
 
 from cgmq_fx import Result, Scheme, quantize
 from cgmq_fx.cost_models.errors import UnsupportedModelError
+from cgmq_fx.exporters.certificate import verify
 from cgmq_fx.exporters.onnx_reader import read_onnx
 
 onnx = pytest.importorskip("onnx")
@@ -270,3 +271,24 @@ def test_channels_keep_their_widths_where_values_only_move(tmp_path: Path) -> No
     scheme = Scheme(activations="channel")
     result = quantized(net, torch.randn(4, 2, 8), "bops <= 3%", scheme=scheme)
     assert_counted_alike(result, tmp_path / "net.onnx")
+
+
+def twice(m: Any, x: torch.Tensor) -> Any:
+    return m.last(m.first(x).relu() + m.first(x).sigmoid())
+
+
+def again_at_the_end(m: Any, x: torch.Tensor) -> Any:
+    narrow = m.last(m.first(x).relu())
+    wide = m.third(m.second(narrow).relu())
+    return wide + m.last(m.first(x).relu())
+
+
+@pytest.mark.parametrize("forward", [twice, again_at_the_end])
+def test_what_is_computed_twice_is_computed_twice(forward: Any, tmp_path: Path) -> None:
+    linear = nn.Linear
+    layers = {"first": linear(4, 32), "last": linear(32, 2), "second": linear(2, 32)}
+    net = Applies(forward, **layers, third=linear(32, 2))
+    result = quantized(net, torch.rand(2, 4), "bops <= 2%, activations <= 40%")
+    assert_counted_alike(result, tmp_path / "net.onnx")
+    states = verify(tmp_path / "net.onnx").states
+    assert [s.reference for s in states] == [s.reference for s in result.cost]

@@ -12,7 +12,13 @@ from typing import Any
 from cgmq_fx.cost_models.errors import CgmqError, DataError, ExportError, OptionError
 from cgmq_fx.data import Signature, calibration_batches
 from cgmq_fx.exporters.agreement import Agreement, Reference, outputs_of, trial_batches
-from cgmq_fx.exporters.certificate import Certificate, certify, manifest_of
+from cgmq_fx.exporters.certificate import (
+    Certificate,
+    certify,
+    manifest_of,
+    other_references,
+)
+from cgmq_fx.exporters.cost_graph import Manifest
 from cgmq_fx.exporters.exporter import Exporter, Source, find_exporter, in_float32
 from cgmq_fx.exporters.program import draws
 from cgmq_fx.passes.capture import ExampleInputs
@@ -86,11 +92,10 @@ def export(
     exporter = find_exporter(path, format)
     exporter.check_installed()
     result = in_float32(result)
-    source = Source(result, json.dumps(manifest_of(result).to_json(), separators=(",", ":")))
     try:
         with TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
             temporary = Path(folder) / path.name
-            exporter.write(source, temporary)
+            source = _written(exporter, result, temporary)
             agreement = _verified(exporter, source, temporary, samples) if verify else None
             certificate = certify(exporter, result, temporary, agreement)
             remarks = exporter.remarks(temporary)
@@ -100,6 +105,21 @@ def export(
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error}") from error
     return Exported(path, exporter.name, certificate, remarks)
+
+
+def _written(exporter: Exporter, result: Result, path: Path) -> Source:
+    """Write a file that tells what its bounds refer to, where that cannot be counted from it."""
+    source = _source(result, manifest_of(result))
+    exporter.write(source, path)
+    others = other_references(exporter, result, path)
+    if others:
+        source = _source(result, manifest_of(result, others))
+        exporter.write(source, path)
+    return source
+
+
+def _source(result: Result, manifest: Manifest) -> Source:
+    return Source(result, json.dumps(manifest.to_json(), separators=(",", ":")))
 
 
 def _verified(

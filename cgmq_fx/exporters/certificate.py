@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isclose
 from pathlib import Path
@@ -107,8 +107,14 @@ def _state(state: ConstraintState) -> dict[str, Any]:
     }
 
 
-def manifest_of(result: Result) -> Manifest:
-    """What a file says about itself, so that its bits can be read."""
+def manifest_of(result: Result, stated: Mapping[str, float] | None = None) -> Manifest:
+    """What a file says about itself, so that its bits can be read.
+
+    Args:
+        result: What is in the file.
+        stated: What relative bounds refer to, by `Constraint.base`, besides what the result itself
+            tells that a file has to state.
+    """
     layouts = {}
     for name, quantizer in result.model.get_submodule(QUANTIZERS).named_children():
         if isinstance(quantizer, Quantizer):
@@ -123,7 +129,36 @@ def manifest_of(result: Result) -> Manifest:
         for base, reference in budget.references.items()
         if result.cost.facts.has_copies or not isclose(reference, own[base], rel_tol=1e-9)
     }
-    return Manifest(result.inputs.batch or 1, str(budget), layouts, layers, known)
+    return Manifest(
+        result.inputs.batch or 1, str(budget), layouts, layers, known | dict(stated or {})
+    )
+
+
+def other_references(exporter: Exporter, result: Result, path: Path) -> dict[str, float]:
+    """What relative bounds refer to, by `Constraint.base`, where the file itself tells otherwise.
+
+    A bound is a share of what the model costs. In a file that may be less: a runtime's own clean-up
+    makes one tensor of two that are equal, and one product of two that are computed twice.
+
+    Args:
+        exporter: Its format.
+        result: What was written.
+        path: The file.
+    """
+    promised = result.budget.references
+    if not promised or not exporter.readable:
+        return {}
+    relative = tuple(c for c in result.budget if c.base in promised and c.bound.relative)
+    try:
+        states, _ = exporter.read(path).count(Budget(relative))
+    except ArtifactError:
+        return {}  # `certify` says why it cannot be counted, or what is not
+    found = {state.constraint.base: state.reference for state in states}
+    return {
+        base: promised[base]
+        for base, own in found.items()
+        if not isclose(own, promised[base], rel_tol=1e-9)
+    }
 
 
 def verify(

@@ -64,7 +64,8 @@ class Manifest:
         layouts: For every quantizer, how its bits are meant to be read.
         layers: The layers by name, where the budget bounds some of them.
         references: What relative bounds refer to, by `Constraint.base`, where that is not what the
-            network in the file costs: channels of it were removed, or a tensor is in it twice.
+            network in the file costs: channels of it were removed, a tensor is in it twice, or once
+            where the model has two that are equal.
     """
 
     batch: int = 2

@@ -1,13 +1,15 @@
-"""Clean-up of what torch.onnx translates, by the passes of onnxscript, without two of its habits.
+"""Clean-up of what torch.onnx translates, by the passes of onnxscript, without some of its habits.
 
 A file holds what the model holds. Whatever can be computed from that (positions, masks, tables of
-indices) is computed when the file is loaded: folding must not make a file larger. And no op is
-fused whose new constants are named after its input: a second one on the same input would take the
-name, and with it the constant, of the first.
+indices) is computed when the file is loaded: folding must not make a file larger. No op is fused
+whose new constants are named after its input: a second one on the same input would take the name,
+and with it the constant, of the first. And what the model computes twice is computed twice: one
+value for both would have to be kept in between, which the peak of activations does not count.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from math import prod
 from typing import Any
@@ -20,6 +22,9 @@ _NAMED_AFTER_INPUTS = (
 _MOST_ROUNDS = 2
 _MAKERS = frozenset({"Range", "Expand", "Tile", "ConstantOfShape", "EyeLike", "OneHot"})
 """Ops that make tables from a few numbers."""
+
+_MEASURES = frozenset({"Shape", "Size"})
+_ROUNDS = frozenset({"QuantizeLinear", "DequantizeLinear", "Quant"})
 
 
 def optimise(model: Any) -> None:
@@ -43,12 +48,44 @@ def optimise(model: Any) -> None:
     for step in (
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.DeduplicateInitializersPass(),
-        common.CommonSubexpressionEliminationPass(),
-        common.RemoveUnusedNodesPass(),
-        common.OutputFixPass(),
-        common.NameFixPass(),
     ):
         step(model)
+    _merge(model)
+    for step in (common.RemoveUnusedNodesPass(), common.OutputFixPass(), common.NameFixPass()):
+        step(model)
+
+
+def _merge(model: Any) -> None:
+    """Make one of nodes that compute the same, unless they are the model's."""
+    from onnx_ir.passes import common
+
+    apart = list(_activations(model.graph))
+    for number, node in enumerate(apart):
+        node.overload = str(number)  # nodes of different ops are not merged
+    common.CommonSubexpressionEliminationPass()(model)
+    for node in apart:
+        node.overload = ""
+
+
+def _activations(graph: Any) -> Iterator[Any]:
+    """The nodes that make tensors of a model: not codes, sizes, or what depends on no input."""
+    data: set[Any] = set(graph.inputs)
+    sizes: set[Any] = set()
+    codes: set[Any] = set()
+    for node in graph:
+        reads_data = not data.isdisjoint(node.inputs)
+        if not reads_data and sizes.isdisjoint(node.inputs):
+            continue
+        measures = not reads_data or node.op_type in _MEASURES
+        (sizes if measures else data).update(node.outputs)
+        if node.op_type in _ROUNDS or (node.op_type == "Clip" and node.inputs[0] in codes):
+            codes.update(node.outputs)
+        elif not (measures and all(_is_integer(value) for value in node.outputs)):
+            yield node
+
+
+def _is_integer(value: Any) -> bool:
+    return value.dtype is not None and bool(value.dtype.is_integer())
 
 
 def _without_axes(own: frozenset[str], model: Any) -> None:
