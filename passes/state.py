@@ -52,11 +52,10 @@ def drop_unused_state(module: GraphModule) -> bool:
 def bits_of(tensor: Tensor) -> int:
     """Bits per element where no quantizer sets them.
 
-    Real numbers of more than 32 bits count as 32: that is what a quantizer at its highest passes,
-    and what is deployed.
+    Real numbers count as 32 bits whatever their precision: that is what a quantizer at its highest
+    passes, and what is deployed.
     """
-    bits = tensor.element_size() * 8
-    return min(bits, FLOAT_BITS) if tensor.is_floating_point() else bits
+    return FLOAT_BITS if tensor.is_floating_point() else tensor.element_size() * 8
 
 
 def value_of(node: Node) -> Any:

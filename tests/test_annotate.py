@@ -192,8 +192,17 @@ def test_every_stored_tensor_is_counted_once(
     assert sorted((s.name, s.elements, s.quantizer, s.bits) for s in stored) == sorted(expected)
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [(torch.int64, 64), (torch.bool, 8), (torch.half, 16)])
-def test_what_is_not_quantized_counts_at_its_own_bits(dtype: torch.dtype, bits: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [
+        (torch.int64, 64),
+        (torch.bool, 8),
+        (torch.half, 32),
+        (torch.bfloat16, 32),
+        (torch.double, 32),
+    ],
+)
+def test_what_is_not_quantized_counts_at_what_is_deployed(dtype: torch.dtype, bits: int) -> None:
     model = nn.Linear(3, 3)
     model.register_buffer("table", torch.ones(3).to(dtype))
     model.register_forward_hook(lambda m, _, y: y * m.get_buffer("table"))

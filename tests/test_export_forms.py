@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import cast
 
@@ -115,6 +116,27 @@ def test_models_of_other_precision_are_deployed_in_float32(
     assert_counted(exported, result)
     found = exporters()[exported.format].run(exported.path, [ExampleInputs((x.float(),))])[0][0]
     torch.testing.assert_close(found, result.model(x).float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_stays_float_counts_as_it_is_deployed(
+    dtype: torch.dtype, form: str, tmp_path: Path
+) -> None:
+    if form == "onnx":
+        pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).to(dtype)
+    x, scheme = torch.randn(4, 8, dtype=dtype), cgmq_fx.Scheme(skip="2")
+    costs = "weights, activations"
+    wide = copy.deepcopy(model).float()
+    found, expected = cgmq_fx.cost(model, x, costs), cgmq_fx.cost(wide, x.float(), costs)
+    assert [row.totals for row in found.rows] == [row.totals for row in expected.rows]
+    result = cgmq_fx.prepare(
+        model, "weights <= 80%, activations <= 80%", x, scheme=scheme
+    ).finalize()
+    exported = result.export(tmp_path / f"net.{form}", verify=False)
+    assert_counted(exported, result)
 
 
 def test_numbers_that_no_onnx_file_returns_are_said_shortly(tmp_path: Path) -> None:
