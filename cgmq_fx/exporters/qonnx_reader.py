@@ -15,6 +15,9 @@ _OPSET = 21
 _FACTORS = {"MatMul", "Gemm", "Conv", "ConvTranspose"}
 """Ops whose first two inputs are multiplied."""
 
+_READS = {"Gather", "GatherElements", "GatherND"}
+"""Ops that pick from their first input."""
+
 _VIEWS = {"Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
 _MOST_BITS = 16
@@ -65,9 +68,7 @@ def _factors(nodes: list[Any]) -> set[str]:
     for node in reversed(nodes):
         if node.op_type in _FACTORS:
             found.update(node.input[:2])
-        elif node.op_type.startswith("Gather"):
-            found.add(node.input[0])
-        elif node.op_type in _VIEWS and node.output[0] in found:
+        elif node.op_type in _READS or (node.op_type in _VIEWS and node.output[0] in found):
             found.add(node.input[0])
     return found
 
