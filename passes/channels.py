@@ -12,7 +12,13 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from cgmq_fx.passes.meeting import contracted_size, runs_in_order, weight_axis
+from cgmq_fx.passes.meeting import (
+    channels_at,
+    contracted_size,
+    pooled_axes,
+    runs_in_order,
+    weight_axis,
+)
 from cgmq_fx.passes.oplists import KEEP_ZEROS, ZERO_POOLS, overloads
 from cgmq_fx.passes.optable import ComputeOp, Layout, argument, compute_op
 from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer
@@ -57,7 +63,8 @@ def removable_channels(module: GraphModule) -> tuple[Channels, ...]:
 
     Its weight has gates per channel or per element that may be 0; it is used once and has its bias,
     if any, on a grid; its output reaches nothing but ungrouped layers that contract these channels
-    in order, through element-wise ops and pools that keep zeros, quantizers and flattening.
+    in order, through element-wise ops and pools that keep zeros, quantizers and flattening. That
+    another axis is as long as the channels makes it none of theirs.
     """
     found = []
     for node in module.graph.nodes:
@@ -79,7 +86,7 @@ def _channels(module: GraphModule, node: Node, op: ComputeOp) -> Channels | None
         return None
     if not (_used_once(argument(node, op.weight)) and _bias_follows(module, node, op)):
         return None
-    walk = _Walk(module, node, shape[axis], op.layout is not Layout.LINEAR)
+    walk = _Walk(module, node, op, shape[axis])
     if not walk.reaches_readers_only():
         return None
     gates = (_product(shape[:axis]), shape[axis], _product(shape[axis + 1 :]))
@@ -113,10 +120,15 @@ def _bias_follows(module: GraphModule, node: Node, op: ComputeOp) -> bool:
 
 
 class _Walk:
-    """Follows the channels of a layer to everything that reads them."""
+    """Follows the channels of a layer to everything that reads them.
 
-    def __init__(self, module: GraphModule, maker: Node, count: int, image: bool) -> None:
-        self.module, self.maker, self.count, self.image = module, maker, count, image
+    What lies between leaves the channels on the axis on which the layer has made them.
+    """
+
+    def __init__(self, module: GraphModule, maker: Node, op: ComputeOp, count: int) -> None:
+        self.module, self.maker, self.count = module, maker, count
+        self.axis = channels_at(maker, op, maker)
+        self.image = op.layout is not Layout.LINEAR
         self.between: set[Node] = set()
         self.readers: set[Node] = set()
 
@@ -147,7 +159,9 @@ class _Walk:
             return True
         if not self.image or len(shape_of(source) or ()) < 3:
             return False
-        return node.target in ZERO_POOLS or _averages_space(node) or _flattens(node, self.count)
+        if node.target in ZERO_POOLS:
+            return self.axis < len(shape_of(source) or ()) - pooled_axes(node)
+        return _averages_space(node, self.axis) or (self.axis == 1 and _flattens(node))
 
     def _reads(self, node: Node, source: Node) -> bool:
         op = compute_op(node)
@@ -156,35 +170,37 @@ class _Walk:
         size, weight = contracted_size(node, op), argument(node, op.weight)
         return (
             argument(node, op.activation) is source
+            and channels_at(node, op, source) == self.axis
             and size is not None
             and _used_once(weight)
             and runs_in_order(node, op, self.count, size)
         )
 
 
-def _averages_space(node: Node) -> bool:
-    """Whether a node is the mean over everything but batch and channels."""
+def _averages_space(node: Node, axis: int) -> bool:
+    """Whether a node is the mean over everything behind the channels."""
     shape = shape_of(node.args[0]) if isinstance(node.args[0], Node) else None
     if node.target not in _MEANS or shape is None or len(node.args) < 2:
         return False
     dims: Any = node.args[1]
-    space = set(range(2, len(shape)))
+    space = set(range(axis + 1, len(shape)))
     return isinstance(dims, list | tuple) and {d % len(shape) for d in dims} == space
 
 
-def _flattens(node: Node, count: int) -> bool:
+def _flattens(node: Node) -> bool:
     """Whether a node makes one axis of channels and space, in a way that can be shortened."""
     before, after = (
         shape_of(node.args[0]) if isinstance(node.args[0], Node) else None,
         shape_of(node),
     )
-    if before is None or after is None or len(after) != 2 or before[1] != count:
+    if before is None or after is None or len(after) != 2 or before[0] != after[0]:
         return False
-    if node.target in _FLATTEN:
-        return True
-    return node.target in SIZED and (_last_size(node) == -1 or _last_size(node) == after[1])
+    return node.target in _FLATTEN or (node.target in SIZED and _last_size(node) in (-1, after[1]))
 
 
 def _last_size(node: Node) -> object:
+    """The last of two sizes that a view is given; as recorded, in a graph that lacks them."""
+    if len(node.args) < 2:
+        return (shape_of(node) or (None,))[-1]
     sizes = node.args[1]
     return sizes[-1] if isinstance(sizes, list | tuple) and len(sizes) == 2 else None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from cgmq_fx.passes.oplists import ZERO_POOLS
 from cgmq_fx.passes.optable import ComputeOp, Layout, argument, is_view
 from cgmq_fx.passes.scheme import Granularity
 from cgmq_fx.passes.state import groups_of, shape_of, sources, view_root
@@ -65,6 +66,21 @@ def contracted_size(node: Node, op: ComputeOp) -> int | None:
         Layout.LINEAR: weight[-1],
         Layout.PRODUCT: weight[-2],
     }[op.layout]
+
+
+def channels_at(node: Node, op: ComputeOp, tensor: Node) -> int:
+    """The axis of channels in a tensor that the op reads as its activation, or makes.
+
+    The last one, or for a convolution, be it with a batch or not, the one in front of the space.
+    """
+    convolved = op.layout in (Layout.CONV, Layout.CONV_TRANSPOSE)
+    spatial = len(shape_of(argument(node, op.weight)) or ()) - 2 if convolved else 0
+    return len(shape_of(tensor) or ()) - 1 - spatial
+
+
+def pooled_axes(node: Node) -> int:
+    """How many axes at the end an op of `ZERO_POOLS` works on: its name says it."""
+    return int(str(node.target._opname)[-2])  # type: ignore[union-attr]
 
 
 def along(rank: int, axis: int, size: int) -> tuple[int, ...]:
@@ -146,23 +162,50 @@ def _runs_along(node: Node, op: ComputeOp, root: Node, axis: int, size: int) -> 
         if len(step.all_input_nodes) > 1 and not is_view(step):
             return False
         numbers = _moved(numbers, step)
-    spatial = len(shape_of(argument(node, op.weight)) or ()) - 2
-    convolved = op.layout in (Layout.CONV, Layout.CONV_TRANSPOSE)
-    numbers = numbers.movedim(-1 - spatial if convolved else -1, -1)
+        if numbers is None:
+            return False
+    numbers = numbers.movedim(channels_at(node, op, argument(node, op.activation)), -1)
     if numbers.shape[-1] != size:
         return False
     return bool((numbers == channels.repeat_interleave(size // gates)).all())
 
 
 def _moved(numbers: Any, step: Node) -> Any:
-    """The output of an op that moves values; shapes come from the graph, where they are known."""
+    """The output of an op that moves values; shapes come from the graph, where they are known.
+
+    None where it cannot be told: graphs that are read from files lack arguments.
+    """
     shape, name = shape_of(step), getattr(step.target, "_opname", "")
     if shape is not None and name in ("expand", "expand_as"):
         return numbers.expand(shape)
     if shape is not None and is_view(step) and name not in _TRANSPOSES:
         return numbers.reshape(shape)
+    if shape is not None and step.target in ZERO_POOLS:
+        return _pooled(numbers, shape, pooled_axes(step))
     operation: Any = step.target
+    if _lacks_arguments(step):
+        return None
     return operation(numbers, *step.args[1:], **step.kwargs)
+
+
+def _pooled(numbers: Any, shape: tuple[int, ...], axes: int) -> Any:
+    """Numbers that are the same over all of the space, over a space of another size."""
+    if numbers.dim() != len(shape) or tuple(numbers.shape[:-axes]) != shape[:-axes]:
+        return None
+    first = numbers[(..., *(slice(0, 1) for _ in range(axes)))]
+    return first.expand(shape) if bool((numbers == first).all()) else None
+
+
+def _lacks_arguments(step: Node) -> bool:
+    """Whether a node has no value for an argument that its op requires."""
+    if not isinstance(step.target, torch._ops.OpOverload):
+        return False
+    required = [
+        index
+        for index, declared in enumerate(step.target._schema.arguments)
+        if not declared.has_default_value() and declared.name not in step.kwargs
+    ]
+    return any(index >= len(step.args) for index in required)
 
 
 def _line_up(

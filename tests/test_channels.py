@@ -58,6 +58,38 @@ def upsampled() -> nn.Module:
     )
 
 
+class TokenMixer(nn.Module):
+    """A convolution over as many tokens as there are channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 5), nn.Conv1d(5, 5, 1), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.c(self.b(nn.functional.gelu(self.a(x))).relu())
+        return result
+
+
+class PooledAcross(nn.Module):
+    """An average over channels and time, as a 2-D pool of three axes makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(6, 4, 2), nn.Conv1d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.b(nn.functional.avg_pool2d(self.a(x).relu(), 3, 1, 1))
+        return result
+
+
+def over_time() -> nn.Module:
+    return nn.Sequential(nn.Conv1d(5, 5, 2), nn.ReLU(), nn.Linear(5, 5))
+
+
+def flat_batch() -> nn.Module:
+    return nn.Sequential(nn.Conv1d(5, 5, 2), nn.ReLU(), nn.Flatten(0, 1), nn.Linear(5, 5))
+
+
 IMAGES, ROWS, WORDS = (2, 3, 8, 8), (2, 6), (2, 5, 6)
 
 # name: what makes the net, the shape of its input, the layers whose channels can be removed
@@ -67,6 +99,10 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
     "adaptive average": (averaged, IMAGES, {"0.weight"}),
     "tokens": (tokens, WORDS, {"0.weight"}),
     "transposed convolutions": (upsampled, IMAGES, {"0.weight", "2.weight"}),
+    "tokens, as many as channels": (TokenMixer, WORDS, set()),
+    "time, as long as channels": (over_time, WORDS, set()),
+    "batch and channels in one": (flat_batch, WORDS, set()),
+    "pool over channels": (PooledAcross, (2, 6, 5), set()),
     "inside a residual block": (Residual, IMAGES, {"a.weight"}),
     "sigmoid(0) is not 0": (saturated, ROWS, set()),
     "depthwise reader": (separable, IMAGES, set()),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -91,6 +92,37 @@ def test_the_cost_is_counted_from_the_file(name: str, scheme: str, tmp_path: Pat
     else:
         assert counted.value == known.value
     assert verify(exported.path).states[0].value == counted.value
+
+
+SHORTENED: dict[str, tuple[tuple[int, ...], list[nn.Module]]] = {
+    "flattened": ((8, 8), [nn.Flatten(), nn.Linear(4 * 36, 3)]),
+    "max-pool": ((8, 8), [nn.MaxPool2d(2), nn.Conv2d(4, 3, 1)]),
+    "larger": ((8, 8), [nn.UpsamplingNearest2d(scale_factor=2), nn.Conv2d(4, 3, 1)]),
+    "mean": ((8, 8), [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]),
+    "mean of sequences": ((9,), [nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 3)]),
+    "max-pool of sequences": ((9,), [nn.MaxPool1d(2), nn.Conv1d(4, 3, 1)]),
+}
+
+
+@pytest.mark.parametrize("name", SHORTENED)
+def test_channels_of_zeros_are_counted_as_gone(name: str, tmp_path: Path) -> None:
+    size, behind = SHORTENED[name]
+    maker = (nn.Conv2d if len(size) == 2 else nn.Conv1d)(2, 4, 3, bias=False)
+    nn.init.zeros_(maker.weight[1].detach())
+    scheme = Scheme((0, 2, 4), weights="element")
+    net = prepare(
+        nn.Sequential(maker, nn.ReLU(), *behind),
+        "bops <= 10%",
+        torch.rand(2, 2, *size),
+        scheme=scheme,
+    )
+    net.freeze({n: np.full_like(b, 4) for n, b in net.controller.assignment.items()})
+    result = net.finalize()
+    files = [("net.onnx", "qonnx"), ("net.pt2", "pt2")]
+    made = [result.export(tmp_path / file, form, verify=False) for file, form in files]
+    counted = [exported.certificate.states[0].value for exported in made]
+    assert counted[0] == counted[1] < 0.76 * result.cost.states[0].value
+    assert verify(made[0].path).states[0].value == counted[0]
 
 
 def test_joined_tensors_are_on_a_grid_of_their_own(tmp_path: Path) -> None:

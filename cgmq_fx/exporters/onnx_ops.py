@@ -20,8 +20,21 @@ COMPUTE: dict[str, dict[int, Any]] = {
 }
 """Ops that multiply and accumulate, by the number of spatial dimensions where they have any."""
 
+POOLS: dict[str, dict[int, Any]] = {
+    name: {n: getattr(getattr(_ATEN, packet.format(n)), overload) for n in (1, 2, 3)}
+    for name, packet, overload in (
+        ("MaxPool", "max_pool{}d", "default"),
+        ("GlobalMaxPool", "adaptive_max_pool{}d", "default"),
+        ("AveragePool", "avg_pool{}d", "default"),
+        ("GlobalAveragePool", "adaptive_avg_pool{}d", "default"),
+        ("Resize", "upsample_nearest{}d", "vec"),
+    )
+}
+"""Ops over space, by the number of its dimensions."""
+
 OPS: dict[str, tuple[Any, int | None]] = {
     **{name: (None, None) for name in COMPUTE},
+    **{name: (targets[2], 1) for name, targets in POOLS.items()},
     **{name: (None, 1) for name in ("QuantizeLinear", "DequantizeLinear")},
     # views: the first input in another shape
     "Flatten": (_ATEN.reshape.default, 1),
@@ -32,12 +45,9 @@ OPS: dict[str, tuple[Any, int | None]] = {
     "Transpose": (_ATEN.permute.default, 1),
     "Expand": (_ATEN.expand.default, 1),
     # values that are picked from the first input
-    "MaxPool": (_ATEN.max_pool2d.default, 1),
-    "GlobalMaxPool": (_ATEN.adaptive_max_pool2d.default, 1),
     "ReduceMax": (_ATEN.amax.default, 1),
     "Slice": (_ATEN.slice.Tensor, 1),
     "Pad": (_ATEN.pad.default, 1),
-    "Resize": (_ATEN.upsample_nearest2d.vec, 1),
     "Tile": (_ATEN.repeat.default, 1),
     "Gather": (_ATEN.index_select.default, 2),
     "Split": (_ATEN.split.Tensor, 1),
@@ -57,9 +67,7 @@ OPS: dict[str, tuple[Any, int | None]] = {
     "ConstantOfShape": (_ATEN.full.default, 0),
     "DepthToSpace": (_ATEN.pixel_shuffle.default, 1),
     "SpaceToDepth": (_ATEN.pixel_unshuffle.default, 1),
-    # averages, joins, and element by element
-    "AveragePool": (_ATEN.avg_pool2d.default, 1),
-    "GlobalAveragePool": (_ATEN.adaptive_avg_pool2d.default, 1),
+    # means, joins, and element by element
     "ReduceMean": (_ATEN.mean.dim, 1),
     "ReduceSum": (_ATEN.sum.dim_IntList, 1),
     "ReduceL1": (_ATEN.norm.ScalarOpt_dim, 1),

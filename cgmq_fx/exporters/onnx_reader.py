@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.exporters.cost_graph import Array, CostGraph, Counted, Manifest, Shape
-from cgmq_fx.exporters.onnx_ops import COMPUTE, OPS, PLACES, SIZED, UNKNOWN
+from cgmq_fx.exporters.onnx_ops import COMPUTE, OPS, PLACES, POOLS, SIZED, UNKNOWN
 from cgmq_fx.exporters.onnx_parts import Whole, wholes
 from cgmq_fx.exporters.onnx_shapes import value_types
 from cgmq_fx.exporters.qonnx_reader import as_integers, is_qonnx
@@ -177,6 +177,9 @@ class _Reader:
         layer = self._layer_without_bias(node, given)
         if layer is not None:
             return layer
+        if node.op_type in POOLS:
+            dims = len(given[0].meta["val"].shape) - 2
+            target = POOLS[node.op_type].get(dims, target)
         if node.op_type == "Gather" and given[0].op != "call_function":
             target = torch.ops.aten.embedding.default
         if node.op_type in SIZED and not self._varying.isdisjoint(list(node.input)[len(given) :]):
@@ -187,6 +190,10 @@ class _Reader:
             given = [given]  # type: ignore[list-item]
         if node.op_type == "Transpose":
             given.append(list(_attributes(node)["perm"]))  # type: ignore[arg-type]
+        if node.op_type == "ReduceMean" and len(node.input) > 1:
+            axes = self._constant(node.input[1])
+            if axes is not None:
+                given.append([int(axis) for axis in axes.ravel()])  # type: ignore[arg-type]
         for extra in filter(self._readers.__getitem__, list(node.output)[1:]):
             self._nodes[extra] = self.graph.call(target, tuple(given), *self._described(extra))
         return self.graph.call(target, tuple(given), *self._described(node.output[0]))
