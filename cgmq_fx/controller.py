@@ -30,7 +30,7 @@ from cgmq_fx.cost_models import (
     lowest_bits,
     relevance,
 )
-from cgmq_fx.cost_models.errors import OptionError
+from cgmq_fx.cost_models.errors import CheckpointError, OptionError
 from cgmq_fx.directions import Direction, GateView, speeds
 from cgmq_fx.gates import GateLayout, Levels, level_of
 from cgmq_fx.marginals import Marginals
@@ -163,6 +163,7 @@ class Controller:
 
         Raises:
             ValueError: If the state is that of another graph.
+            CheckpointError: If its bit-widths are frozen outside of the budget.
         """
         levels, gates, sensitivity = state["levels"], state["gates"], state["sensitivity"]
         best = state["best"]
@@ -171,6 +172,8 @@ class Controller:
             raise ValueError("the gates in the state are not those of this graph")
         if bool(((levels < 0) | (levels >= self.layout.count)).any()):
             raise ValueError("the state has levels that no gate can take")
+        if state["frozen"] is True:
+            self._check_frozen(levels)
         self._settle(levels)
         self.gates, self._sensitivity = gates.clone(), sensitivity.clone()
         self._best = None if best is None else best.numpy().copy()
@@ -204,13 +207,24 @@ class Controller:
         if self.frozen:
             raise OptionError("the bit-widths are frozen already")
         given = self._checked(bits)
-        ledger = Ledger(self.ledger.graph, self.ledger.budget, {**self.assignment, **given})
-        if not ledger.satisfied:
-            broken = ", ".join(str(state) for state in ledger.states() if not state.satisfied)
+        if broken := self._broken({**self.assignment, **given}):
             raise OptionError(f"these bit-widths do not satisfy the budget: {broken}")
         self.start(given)
         self._settle(torch.from_numpy(self._without_pruned(self.levels)))
         self._end()
+
+    def _broken(self, assignment: Assignment) -> str:
+        """The constraints that an assignment breaks, in words; empty if it satisfies all."""
+        states = Ledger(self.ledger.graph, self.ledger.budget, assignment).states()
+        return ", ".join(str(state) for state in states if not state.satisfied)
+
+    def _check_frozen(self, levels: Tensor) -> None:
+        if broken := self._broken(self.layout.assignment(levels.numpy())):
+            raise CheckpointError(
+                "the state is that of another budget: its bit-widths are frozen, and do not "
+                f"satisfy this one: {broken}; load it before they are frozen, or where the budget "
+                "is the same"
+            )
 
     def _checked(self, bits: Mapping[str, npt.ArrayLike]) -> dict[str, BitArray]:
         known = self.ledger.graph.quantizers

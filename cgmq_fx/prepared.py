@@ -246,7 +246,8 @@ class Prepared:
         """Take over what `state_dict` gave, of the same model prepared in the same way.
 
         Raises:
-            CheckpointError: If the state is that of another model, or damaged.
+            CheckpointError: If the state is that of another model, or damaged, or if its
+                bit-widths are frozen and do not satisfy this budget.
         """
         try:
             for name, quantizer in self._quantizers.items():

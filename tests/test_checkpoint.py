@@ -287,9 +287,9 @@ def test_when_a_checkpoint_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert store.due(11)
 
 
-def prepared() -> Prepared:
+def prepared(budget: str = "bops <= 2%") -> Prepared:
     torch.manual_seed(1)
-    return prepare(model().eval(), "bops <= 2%", torch.rand(2, 1, 6, 6), search_steps=6)
+    return prepare(model().eval(), budget, torch.rand(2, 1, 6, 6), search_steps=6)
 
 
 def train(own: Prepared, optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -319,6 +319,17 @@ def test_the_state_of_another_model_is_refused(part: str) -> None:
     other = prepare(nn.Linear(3, 2), "bops <= 20%", torch.rand(2, 3)).state_dict()
     with pytest.raises(CheckpointError, match="does not fit the model"):
         prepared().load_state_dict({**prepared().state_dict(), part: other[part]})
+
+
+def test_frozen_bit_widths_of_a_wider_budget_are_refused() -> None:
+    wide, narrow = prepared("bops <= 20%"), prepared()
+    narrow.load_state_dict(wide.state_dict())  # gates still move
+    wide.freeze()
+    with pytest.raises(CheckpointError, match=r"another budget.* bops \S+% > 2\.0+%"):
+        narrow.load_state_dict(wide.state_dict())
+    assert all(state.satisfied for state in narrow.finalize().cost.states)
+    wide.load_state_dict(narrow.state_dict())
+    assert all(state.satisfied for state in wide.finalize().cost.states)
 
 
 TREE = {
