@@ -35,7 +35,7 @@ class Readout:
         self._rows = statistic.rows
         self._sizes = [q.bits.numel() for q in quantizers]
         self._power = _powers(quantizers, self._sizes, statistic)
-        self._buffers = [q._buffers for q in quantizers]  # reading attributes of modules is slow
+        self._owners = [vars(q) for q in quantizers]  # reading attributes of modules is slow
         self._probes: list[Tensor | None] = []
         self._known: list[Tensor] = []
         self._views: list[Tensor] = []
@@ -83,7 +83,7 @@ class Readout:
         additions = self._flat._version - self._version
         if additions and self._known and additions % len(self._known) == 0:
             return True
-        probes, grads = map(itemgetter("probe"), self._buffers), map(_grad, self._known)
+        probes, grads = map(itemgetter("probe"), self._owners), map(_grad, self._known)
         return all(map(is_, probes, self._probes)) and all(map(is_, grads, self._views))
 
     def _gather(self) -> Tensor:
@@ -97,7 +97,7 @@ class Readout:
 
     def _bind(self) -> None:
         refuse_sharded(q.log_range for q in self._quantizers)
-        self._probes = [own["probe"] for own in self._buffers]
+        self._probes = [own["probe"] for own in self._owners]
         self._known = [p for p in self._probes if p is not None]
         like = self._known[0] if self._known else torch.zeros((), dtype=torch.float32)
         count = self._power.numel()

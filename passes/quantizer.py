@@ -60,6 +60,9 @@ class Quantizer(nn.Module):
         bits: Bit-widths, int8, shape `spec.gate_shape`.
         adjacent: By bit-width, the one that `Statistic.CHANGE` compares with, shape (33,).
         probe: Shape (rows, *spec.gate_shape); its `.grad` is the statistic. None when frozen.
+
+    `adjacent` and `probe` are no buffers: they come and go with the search, while averages of
+    weights and wrappers count on the same buffers throughout.
     """
 
     log_range: nn.Parameter
@@ -80,8 +83,7 @@ class Quantizer(nn.Module):
         self.register_buffer(
             "bits", torch.full(shape, PASS_THROUGH, dtype=BITS_DTYPE, device=device)
         )
-        self.register_buffer("adjacent", None, persistent=False)
-        self.register_buffer("probe", None, persistent=False)
+        self.adjacent = self.probe = None
 
     @property
     def limit(self) -> Tensor:
@@ -171,8 +173,10 @@ class Quantizer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.adjacent is not None:
+            self.adjacent = fn(self.adjacent)
         if self.probe is not None:  # stay a leaf, so that its gradient is kept after a move
-            self.probe = self.probe.detach().requires_grad_()
+            self.probe = fn(self.probe.detach()).requires_grad_()
         return self
 
 

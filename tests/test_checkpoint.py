@@ -325,7 +325,7 @@ def test_frozen_bit_widths_of_a_wider_budget_are_refused() -> None:
     wide, narrow = prepared("bops <= 20%"), prepared()
     narrow.load_state_dict(wide.state_dict())  # gates still move
     wide.freeze()
-    with pytest.raises(CheckpointError, match=r"another budget.* bops \S+% > 2\.0+%"):
+    with pytest.raises(CheckpointError, match=r"another budget.* bops 16\.\d+% > "):
         narrow.load_state_dict(wide.state_dict())
     assert all(state.satisfied for state in narrow.finalize().cost.states)
     wide.load_state_dict(narrow.state_dict())

@@ -1,12 +1,14 @@
 """The modules that stand in a graph: quantizers of tensors and of biases."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from cgmq_fx.cost_models import Role
 from cgmq_fx.passes.grid import finest_step, round_to_grid
@@ -82,6 +84,7 @@ MOVES: dict[str, Callable[[nn.Module], Any]] = {
     "to": lambda m: m.to(torch.float64),
     "double": lambda m: m.double(),
     "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
     "twice": lambda m: copy.deepcopy(m.double()).double(),
 }
 
@@ -95,10 +98,30 @@ def test_the_probe_stays_a_leaf(name: str) -> None:
     assert moved.probe is not None
     assert moved.adjacent is not None
     assert moved.probe.is_leaf
+    assert moved.probe.dtype == moved.log_range.dtype
     moved.adjacent.fill_(8)
     moved(torch.rand(9, dtype=moved.log_range.dtype)).sum().backward()
     assert moved.probe.grad is not None
     assert moved.probe.grad.item() > 0
+
+
+def test_buffers_and_state_are_the_same_throughout() -> None:
+    made = quantizer(4)
+    for statistic in (Statistic.CHANGE, Statistic.MAGNITUDES, Statistic.NONE):
+        made.observe(statistic)
+        assert set(dict(made.named_buffers())) == {"bits"}
+        assert set(made.state_dict()) == {"log_range", "bits"}
+
+
+def test_averages_of_weights_outlive_the_search() -> None:
+    made = quantizer(4)
+    made.observe(Statistic.CHANGE)
+    average = AveragedModel(made)
+    average.update_parameters(made)
+    made.observe(Statistic.NONE)
+    made.bits.fill_(2)
+    average.update_parameters(made)
+    assert average.module.bits == 2
 
 
 def test_a_copy_shares_nothing() -> None:
