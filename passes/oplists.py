@@ -39,20 +39,34 @@ GRID_PRESERVING = VIEWS | overloads(
 )
 """Ops whose output values are values of their first argument (or 0): what is on a grid stays."""
 
+SCATTERS = overloads("select_scatter slice_scatter diagonal_scatter")
+"""Ops that put one tensor in the place of a part of another."""
+
 NON_NEGATIVE = overloads(
     """
     relu relu6 sigmoid hardsigmoid softmax _safe_softmax _softmax abs exp square softplus exp2
     var std norm linalg_vector_norm cosh one_hot sqrt rsqrt
+    zeros zeros_like new_zeros ones ones_like new_ones
     """
 )
-NON_NEGATIVE_IF_INPUTS = GRID_PRESERVING | overloads(
-    """
+NON_NEGATIVE_IF_INPUTS = (
+    GRID_PRESERVING
+    | overloads(
+        """
     dropout feature_dropout avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
     adaptive_avg_pool2d adaptive_avg_pool3d mean sum add mul div cat stack maximum
     upsample_bilinear2d upsample_linear1d upsample_trilinear3d constant_pad_nd pad
-    hardswish_backward max min to _to_copy
+    max min minimum to _to_copy
     """
+    )
+    | SCATTERS
 )
+NON_NEGATIVE_IF_ALL = overloads("add mul div cat stack minimum") | SCATTERS | {_ATEN.min.other}
+"""Those of them that have several tensors, all of which have to be non-negative."""
+
+NON_NEGATIVE_IF_ANY = overloads("maximum") | {_ATEN.max.other}
+"""Those of them where one tensor that is non-negative suffices."""
+
 JOINS = overloads("cat concat stack")
 """Ops that put tensors side by side: a grid of the output is a grid of every input."""
 
@@ -124,22 +138,22 @@ FREE = (
     log10 log1p expm1 erf erfc clamp clamp_ clamp_min clamp_max clip where masked_fill
     masked_fill_ masked_select eq ne lt le gt ge logical_and logical_or logical_not logical_xor
     bitwise_and bitwise_or bitwise_not isnan isinf isfinite any all argmax argmin topk sort
-    argsort cumsum cumprod tril triu arange full full_like zeros zeros_like ones ones_like
-    new_zeros new_ones new_full new_empty empty empty_like scalar_tensor tensor linspace eye rand
-    rand_like randn randn_like randint meshgrid index index_put index_put_ index_add index_add_
-    scatter scatter_ scatter_add scatter_add_ scatter_reduce gather take_along_dim fill fill_ copy
-    copy_ zero_ mul_ div_ floor_divide remainder fmod reflection_pad1d reflection_pad2d
+    argsort cumsum cumprod tril triu arange full full_like new_full new_empty empty empty_like
+    scalar_tensor tensor linspace eye rand rand_like randn randn_like randint meshgrid index
+    index_put index_put_ index_add index_add_ scatter scatter_ scatter_add scatter_add_
+    scatter_reduce gather take_along_dim fill fill_ copy copy_ zero_ mul_ div_ floor_divide
+    remainder fmod reflection_pad1d reflection_pad2d
     reflection_pad3d replication_pad1d replication_pad2d replication_pad3d upsample_bicubic2d
     grid_sampler grid_sampler_2d affine_grid_generator im2col col2im median logsumexp var_mean
     std_mean prod addcmul addcdiv lerp sym_size sym_numel sym_stride sym_constrain_range_for_size
     _assert_scalar _assert_tensor_metadata size numel item _local_scalar_dense type_as dot_ diag
-    diagonal diagonal_scatter select_scatter slice_scatter frobenius_norm rot90 nan_to_num polar
+    diagonal frobenius_norm rot90 nan_to_num polar
     view_as_real view_as_complex real imag complex fft_rfft fft_irfft fft_fft fft_ifft
     cosine_similarity pairwise_distance histc bincount unique_consecutive _unique2 nonzero
     broadcast_tensors broadcast_to atleast_1d atleast_2d hstack vstack square_ sqrt_ add_relu
     _weight_norm _weight_norm_interface max_unpool2d pad_sequence bucketize searchsorted
     log_sigmoid_forward is_floating_point sym_is_contiguous isclose count_nonzero std_ floor_
-    softmin __and__ __or__ __xor__ __lshift__ __rshift__
+    softmin hardswish_backward __and__ __or__ __xor__ __lshift__ __rshift__
     kron cross linalg_cross
     heaviside amin aminmax cummax cummin logaddexp hypot square frac deg2rad rad2deg
     """

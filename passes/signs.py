@@ -7,7 +7,13 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
-from cgmq_fx.passes.oplists import NON_NEGATIVE, NON_NEGATIVE_IF_INPUTS
+from cgmq_fx.passes.aliases import last_write
+from cgmq_fx.passes.oplists import (
+    NON_NEGATIVE,
+    NON_NEGATIVE_IF_ALL,
+    NON_NEGATIVE_IF_ANY,
+    NON_NEGATIVE_IF_INPUTS,
+)
 from cgmq_fx.passes.optable import argument
 
 
@@ -23,9 +29,9 @@ def non_negative(node: Node) -> bool:
             stack.extend(open_parents)
             continue
         stack.pop()
-        seen[current] = _own_sign(current) or (
-            bool(parents) and all(seen[p] for p in parents or ())
-        )
+        enough = any if current.target in NON_NEGATIVE_IF_ANY else all
+        proved = _own_sign(current) or (bool(parents) and enough(seen[p] for p in parents or ()))
+        seen[current] = proved and last_write(current) is None  # else it may be overwritten
     return seen[node]
 
 
@@ -36,21 +42,28 @@ def _own_sign(node: Node) -> bool:
         return True
     name = getattr(node.target, "_opname", "")
     if name in ("hardtanh", "clamp", "clamp_min", "clamp_max"):
-        low = argument(node, "min_val") if name == "hardtanh" else argument(node, "min")
-        return name != "clamp_max" and isinstance(low, int | float) and low >= 0
+        ends = ("min_val", "max_val") if name == "hardtanh" else ("min", "max")
+        low, high = (argument(node, end) for end in ends)
+        numbers = isinstance(low, int | float) and isinstance(high, int | float | None)
+        return numbers and low >= 0 and (high is None or high >= 0)
+    if name in ("full", "full_like", "new_full"):
+        value = argument(node, "fill_value")
+        return isinstance(value, int | float) and value >= 0
     return name == "pow" and argument(node, "exponent") in (2, 2.0, 4, 4.0)
 
 
 def _inherits_sign(node: Node) -> Sequence[Node] | None:
-    """The nodes that must all be non-negative for this one to be; None if that proves nothing."""
+    """The nodes that this one is non-negative with, if all of them are, or one where one suffices.
+
+    None if they prove nothing.
+    """
     if node.op != "call_function":
         return None
     if node.target is operator.getitem:
         return node.all_input_nodes
     if node.target not in NON_NEGATIVE_IF_INPUTS or _has_negative_number(node):
         return None
-    name = getattr(node.target, "_opname", "")
-    several = name in ("add", "mul", "div", "cat", "stack", "maximum")
+    several = node.target in NON_NEGATIVE_IF_ALL or node.target in NON_NEGATIVE_IF_ANY
     return node.all_input_nodes if several else node.all_input_nodes[:1]
 
 
