@@ -17,11 +17,11 @@ from cgmq_fx.passes.capture import Captured, ExampleInputs, capture
 from cgmq_fx.passes.complexes import DecomposeComplex
 from cgmq_fx.passes.constants import FoldWeights
 from cgmq_fx.passes.decompose import DecomposeComposite
+from cgmq_fx.passes.functionalise import Functionalise
 from cgmq_fx.passes.infra import run_passes
 from cgmq_fx.passes.insert import InsertQuantizers
 from cgmq_fx.passes.normalise import (
     FoldBatchNorm,
-    Functionalise,
     LeaveTraining,
     MergeState,
     RelaxViews,

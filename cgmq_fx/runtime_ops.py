@@ -111,12 +111,13 @@ ONNXRUNTIME = _ALL + _words(
     """
     abs adaptive_avg_pool1d adaptive_max_pool1d adaptive_max_pool2d amin avg_pool1d
     avg_pool2d batch_norm bmm celu channel_shuffle chunk clamp_max clamp_min conv3d
-    conv_transpose1d cos cumsum detach elu erf exp expand expand_as flip floor gather glu
-    group_norm hardshrink index instance_norm linalg_vector_norm log log_sigmoid log_softmax
-    masked_fill max_pool1d maximum minimum mish movedim narrow neg pixel_shuffle
-    pixel_unshuffle pow prelu reciprocal repeat repeat_interleave rms_norm roll round rsqrt
-    rsub selu sign sin softplus softshrink sqrt square stack std threshold tile
-    upsample_bicubic2d upsample_bilinear2d upsample_nearest1d var where zeros
+    conv_transpose1d cos cumsum detach elu erf exp expand expand_as flip floor full_like
+    gather glu group_norm hardshrink index index_put instance_norm linalg_vector_norm log
+    log_sigmoid log_softmax masked_fill max_pool1d maximum minimum mish movedim narrow
+    neg pixel_shuffle pixel_unshuffle pow prelu reciprocal repeat repeat_interleave
+    rms_norm roll round rsqrt rsub select_scatter selu sign sin slice_scatter softplus
+    softshrink sqrt square stack std threshold tile upsample_bicubic2d
+    upsample_bilinear2d upsample_nearest1d var where zeros zeros_like
     """
 )
 """What ONNX Runtime executes; a model with another op is tried as a whole, in float."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from cgmq_fx.cost_models.errors import UnsupportedModelError
+from cgmq_fx.passes.aliases import last_write
 from cgmq_fx.passes.codes import DEQUANTIZE, QUANTIZE, is_dequantize, is_quantize
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.infra import Pass, PassResult, run_passes
@@ -93,8 +94,11 @@ def _hoist(graph: Any, pair: Node, joins: bool) -> list[Node]:
         or not _is_single(codes)
         or not _commutes(source, is_unsigned(codes), joins)
         or (source.target not in {_RELU, *JOINS} and all(map(is_pair, _rounded_inputs(source))))
+        or any(map(last_write, (source, *_rounded_inputs(source))))
     ):
-        return []  # what is on a grid already passes the op first, and changes its grid behind it
+        # What is on a grid already passes the op first, and changes its grid behind it; what is
+        # written in place has its values later.
+        return []
     made = []
     for node in _rounded_inputs(source):
         made.append(_pair_behind(graph, node, pair))
@@ -169,6 +173,8 @@ def _grid_of(node: Node) -> Node | None:
     if node.op != "call_function" or shape_of(node) is None:
         return None
     if not preserves_grid(node) and node.target not in JOINS:
+        return None
+    if last_write(node) is not None:
         return None
     inputs = _rounded_inputs(node)
     if not inputs or not all(map(is_pair, inputs)):
@@ -282,6 +288,8 @@ def _is_on_grid(source: Node, scale: float, zero: int) -> bool:
         if source.target is _QDQ.dequantize_per_tensor.default:
             return source.args[1:3] == (scale, zero)
         if not preserves_grid(source) and source.target not in JOINS:
+            return False
+        if last_write(source) is not None:
             return False
         source = source.all_input_nodes[0]
     return False

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.codes import DEQUANTIZE, QUANTIZE, quantize_in_aten
-from cgmq_fx.passes.oplists import AVERAGES, GRID_PRESERVING, JOINS
+from cgmq_fx.passes.oplists import AVERAGES, GRID_PRESERVING, JOINS, SCATTERS
 from cgmq_fx.passes.optable import ComputeOp, Layout, argument, compute_op
 from cgmq_fx.passes.state import groups_of
 
@@ -273,12 +273,13 @@ def _moved(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sum | N
     if part is None:
         return None
     call: Any = node.target
-    codes = call(part.codes, *args[1:], **kwargs)
+    how, kwargs = pytree.tree_map(_value, (args[1:], kwargs), is_leaf=_is_sum)
+    codes = call(part.codes, *how, **kwargs)
     if not isinstance(codes, Tensor):
         return None
     if part.step.numel() == 1:
         return (Part(codes, part.step.reshape(())),)
-    steps = call(part.step.expand(part.codes.shape), *args[1:], **kwargs)
+    steps = call(part.step.expand(part.codes.shape), *how, **kwargs)
     return (Part(codes, steps),)
 
 
@@ -337,6 +338,17 @@ def _joined(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sum | 
     return (Part(codes, call([p.step.expand(p.codes.shape) for p in own], *args[1:], **kwargs)),)
 
 
+def _scattered(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sum | None:
+    """A tensor of which a part is another."""
+    whole, part = _single(args[0]), _single(args[1])
+    if whole is None or part is None:
+        return None
+    call: Any = node.target
+    codes = call(whole.codes, part.codes, *args[2:], **kwargs)
+    steps = (own.step.expand(own.codes.shape) for own in (whole, part))
+    return (Part(codes, call(*steps, *args[2:], **kwargs)),)
+
+
 _Method: TypeAlias = Callable[[Node, tuple[Any, ...], dict[str, Any]], Sum | None]
 
 _METHODS: tuple[tuple[frozenset[Any], _Method], ...] = (
@@ -344,6 +356,7 @@ _METHODS: tuple[tuple[frozenset[Any], _Method], ...] = (
     (frozenset({_ATEN.mul.Tensor, _ATEN.mul.Scalar}), _multiplied),
     (AVERAGES, _averaged),
     (JOINS, _joined),
+    (SCATTERS, _scattered),
     (GRID_PRESERVING | {_ATEN.pad.default, _ATEN.constant_pad_nd.default}, _moved),
 )
 """What is done in integers, by op; products of matrices besides."""

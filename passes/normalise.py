@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from cgmq_fx.passes.aliases import aliases, memory_path, writes
+from cgmq_fx.passes.aliases import aliases, writes
 from cgmq_fx.passes.infra import Pass, PassResult
-from cgmq_fx.passes.optable import Layout, argument, compute_op, set_argument
+from cgmq_fx.passes.optable import (
+    Layout,
+    argument,
+    compute_op,
+    is_whole_slice,
+    set_argument,
+)
 from cgmq_fx.passes.quantizer import TrainingFlag
 from cgmq_fx.passes.state import drop_unused_state, groups_of, set_tensor, shape_of, tensor_at
 
@@ -33,67 +38,7 @@ _FLAGS = {
     "rrelu": "training",
 }
 _SHARED = nn.SyncBatchNorm.__name__
-_IDENTITIES = (
-    _ATEN.alias.default,
-    _ATEN.lift_fresh_copy.default,
-)
 _DETACHES = (_ATEN.detach.default, _ATEN.detach_.default)
-
-
-def _functional_twin(node: Node) -> Any:
-    """The out-of-place overload of an in-place op, or None."""
-    target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
-        return None
-    name = target._opname
-    if not name.endswith("_") or name.endswith("__") or name in ("copy_", "fill_", "zero_"):
-        return None
-    packet = getattr(torch.ops.aten, name[:-1], None)
-    for overload in () if packet is None else packet.overloads():
-        twin = getattr(packet, overload)
-        if _arguments(twin) == _arguments(target) and not twin._schema.is_mutable:
-            return twin
-    return None
-
-
-def _arguments(overload: torch._ops.OpOverload) -> list[tuple[str, str]]:
-    return [(a.name, str(a.type)) for a in overload._schema.arguments]
-
-
-def _can_be_functional(node: Node) -> bool:
-    """Whether nothing but the readers of its first argument can see what `node` writes there."""
-    written = node.args[0]
-    if not isinstance(written, Node):
-        return False
-    others = aliases(written) - {written, node}
-    if any(a.op == "get_attr" for a in (written, *others)):
-        return False
-    strangers = [a for a in others if node not in memory_path(a)]
-    return not any(node < reader for a in strangers for reader in a.users)
-
-
-@dataclass(frozen=True)
-class Functionalise(Pass):
-    """Replace in-place ops by their out-of-place twins.
-
-    Before: a captured graph. After: neither an input nor an activation is overwritten where that
-    could be avoided, and what was written is what later readers read; buffers that the model
-    updates are left alone.
-    """
-
-    def run(self, module: GraphModule) -> PassResult:
-        """Edit every in-place node whose write nobody else can see."""
-        modified = False
-        for node in list(module.graph.nodes):
-            twin = _functional_twin(node)
-            if twin is None or not _can_be_functional(node):
-                continue
-            node.target = twin
-            written = node.args[0]
-            for user in [u for u in written.users if u is not node and node < u]:
-                user.replace_input_with(written, node)
-            modified = True
-        return PassResult(module, modified)
 
 
 @dataclass(frozen=True)
@@ -171,7 +116,9 @@ def _is_impure(node: Node) -> bool:
 def _does_nothing(node: Node) -> bool:
     if node.op != "call_function":
         return False
-    if node.target in _IDENTITIES or _is_whole_slice(node):
+    if node.target is _ATEN.lift_fresh_copy.default:
+        return not any(map(writes, aliases(node)))  # a constant is the same in every run
+    if node.target is _ATEN.alias.default or is_whole_slice(node):
         return True
     return getattr(node.target, "_opname", "") in _FLAGS and argument(node, "p", None) == 0.0
 
@@ -184,13 +131,6 @@ def _detaches_constant(module: GraphModule, node: Node) -> bool:
         return False
     tensor = tensor_at(module, node.args[0].target)
     return tensor is not None and not tensor.requires_grad
-
-
-def _is_whole_slice(node: Node) -> bool:
-    if node.target is not _ATEN.slice.Tensor:
-        return False
-    start, end, step = (argument(node, name) for name in ("start", "end", "step"))
-    return start in (None, 0) and end in (None, sys.maxsize) and step == 1
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ MAC, biases and element-wise work count nothing.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -194,6 +195,14 @@ def preserves_grid(node: Node) -> bool:
         return passes and (node.target not in READS or looked_up(node) is None)
     constant = argument(node, "mode", "constant") == "constant"
     return constant and argument(node, "value", 0) in (0, 0.0, None)
+
+
+def is_whole_slice(node: Node) -> bool:
+    """Whether a node is a slice of all that there is."""
+    if node.target is not _ATEN.slice.Tensor:
+        return False
+    start, end, step = (argument(node, name) for name in ("start", "end", "step"))
+    return start in (None, 0) and end in (None, sys.maxsize) and step == 1
 
 
 def is_known(node: Node) -> bool:

@@ -85,8 +85,8 @@ def reachable_from_inputs(graph: Graph) -> set[Node]:
 
 
 def view_root(node: Node) -> Node:
-    """The node whose tensor `node` is a view of, itself if it is no view."""
-    while is_view(node) and isinstance(node.args[0], Node):
+    """The node whose tensor `node` is a view of, itself if it is no view, or written in place."""
+    while is_view(node) and isinstance(node.args[0], Node) and last_write(node) is None:
         node = node.args[0]
     return node
 

@@ -116,6 +116,29 @@ def test_rounding_moves_in_front_of_pools_and_joins() -> None:
     assert torch.equal(module(x), result.model(x))
 
 
+class Shifts(nn.Module):
+    """A part of a tensor is written after it was made, and read in a way that stays in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(2, 3, 1), nn.Conv1d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        z = torch.zeros_like(y)
+        z.detach()[:, :, 1:] = y[:, :, :-1]
+        return cast(Tensor, self.b(torch.cat([y, z], 1)))
+
+
+def test_rounding_stays_behind_what_is_written_in_place() -> None:
+    torch.manual_seed(0)
+    scheme = PRESETS["xnnpack"].scheme
+    result = prepare(Shifts(), "bops <= 10%", torch.randn(8, 2, 6), scheme=scheme).finalize()
+    assert "copy_" in ops(result.model)
+    x = torch.randn(5, 2, 6)
+    assert torch.equal(contained(lower(result.model, result.inputs))(x), result.model(x))
+
+
 REFUSED = [
     ("mlp", "w16", "codes from .* do not fit into 8 bits|more than 8 bits"),
     ("mlp", "both", "bit-widths of its own per channel"),

@@ -11,6 +11,7 @@ from cgmq_fx.exporters.agreement import compare, outputs_of
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.integer import Part, Rounding, requantize, simulate_graph
 from cgmq_fx.passes.lower import lower
+from cgmq_fx.passes.scheme import Granularity
 from tests.deploy_nets import deployed, inputs_of
 from tests.nets import call
 
@@ -157,3 +158,30 @@ def test_wrong_options_are_refused() -> None:
 def test_inputs_that_do_not_fit_are_an_error() -> None:
     with pytest.raises(DataError, match="the model fails on inputs of"):
         simulate(deployed("mlp", "tensor"), torch.rand(2, 5))
+
+
+class Moves(nn.Module):
+    """A part of a tensor is that of another; a tensor takes the shape of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.max_pool2d(self.first(x).relu(), 2)
+        z = y.clone()
+        z[:, 1:3] = y[:, :2]
+        z[:, 0] = z[:, 3:, 1:2, 1:2].expand_as(y)[:, 0]
+        out: Tensor = self.last(z + y)
+        return out
+
+
+@pytest.mark.parametrize("activations", ["tensor", "channel"])
+def test_what_only_moves_needs_no_float(activations: Granularity) -> None:
+    torch.manual_seed(0)
+    scheme = Scheme((4, 8), activations=activations)
+    result = prepare(Moves(), "bops <= 20%", torch.rand(4, 2, 8, 8), scheme=scheme).finalize()
+    module = lower(result.model, result.inputs)
+    found = simulate_graph(module, result.inputs)
+    assert found.float_ops == ()
+    assert compare(module, [found.outputs], [result.inputs]).holds

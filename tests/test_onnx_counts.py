@@ -292,3 +292,36 @@ def test_what_is_computed_twice_is_computed_twice(forward: Any, tmp_path: Path) 
     assert_counted_alike(result, tmp_path / "net.onnx")
     states = verify(tmp_path / "net.onnx").states
     assert [s.reference for s in states] == [s.reference for s in result.cost]
+
+
+def shifted(m: Any, x: torch.Tensor) -> Any:
+    y = m.first(x)
+    z = torch.zeros_like(y)
+    z[:, :, 1:] = y[:, :, :-1]
+    return m.last(y.relu() + z)
+
+
+def scaled_input(m: Any, x: torch.Tensor) -> Any:
+    x = x.clone()
+    x[:, 0] = x[:, 0] * 0.458 + 0.1
+    return m.last(m.first(x).relu())
+
+
+def overwritten(m: Any, x: torch.Tensor) -> Any:
+    y = m.first(x)
+    z = m.last(y)
+    y[:, 0] *= 50
+    y[:, 1, ::2].zero_()
+    y.view(-1, 2, 2, 6)[:, 1].mul_(0.5)
+    return m.last(y.relu()) + z
+
+
+@pytest.mark.parametrize(
+    ("forward", "suffix"),
+    [(shifted, "onnx"), (scaled_input, "onnx"), (overwritten, "onnx"), (overwritten, "pt2")],
+)
+def test_what_is_written_into_slices(forward: Any, suffix: str, tmp_path: Path) -> None:
+    net = Applies(forward, first=nn.Conv1d(3, 4, 3, padding=1), last=nn.Conv1d(4, 2, 1))
+    budget = "bops <= 90%, weights <= 90%, activations <= 99%"
+    result = quantized(net, torch.randn(4, 3, 6), budget, target="onnxruntime")
+    assert_counted_alike(result, tmp_path / f"net.{suffix}")
