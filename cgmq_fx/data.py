@@ -115,11 +115,16 @@ def _as_tensors(batch: Any) -> Any:
     if not any(isinstance(leaf, np.ndarray) for leaf in pytree.tree_leaves(batch)):
         return batch
     try:
-        return pytree.tree_map(
-            lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x, batch
-        )
-    except TypeError as error:
+        return pytree.tree_map(lambda x: _as_tensor(x) if isinstance(x, np.ndarray) else x, batch)
+    except (TypeError, ValueError) as error:
         raise DataError(f"a batch holds an array that is no tensor: {error}") from error
+
+
+def _as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    """An array as a tensor; a copy where PyTorch cannot share its steps or its order of bytes."""
+    if any(step < 0 or step % array.itemsize for step in array.strides if array.itemsize):
+        array = array.copy(order="C")
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def _split(batch: Any, signature: Signature, supervised: bool) -> Batch:

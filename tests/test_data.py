@@ -77,6 +77,23 @@ def test_arrays_become_tensors() -> None:
     assert torch.equal(found.target, torch.arange(2))
 
 
+VALUES = np.arange(12, dtype=np.float32).reshape(3, 4)
+ARRAYS = {
+    "reversed": VALUES[:, ::-1],
+    "other order of bytes": VALUES.astype(VALUES.dtype.newbyteorder()),
+    "both": VALUES.astype(VALUES.dtype.newbyteorder())[::-1, ::2],
+    "packed": np.rec.fromarrays([VALUES, VALUES > 0], names="value,flag")["value"],
+    "one number": np.array(3.0, dtype=">f4"),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_in_any_order_become_tensors(name: str) -> None:
+    (found,) = split_batch(ARRAYS[name], ONE, False).inputs.args
+    assert found.dtype == torch.float32
+    assert found.tolist() == ARRAYS[name].tolist()
+
+
 def same(found: Any, expected: Any) -> bool:
     """Whether two structures hold the very same tensors."""
     (left, one), (right, other) = map(torch.utils._pytree.tree_flatten, (found, expected))
