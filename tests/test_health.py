@@ -170,6 +170,34 @@ def test_what_is_pruned_on_purpose_is_not_silent() -> None:
     assert silent_channels(own.model, batch) == {}
 
 
+class Recurrent(nn.Module):
+    """A layer that starts from zeros."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer, self.head = kind(3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.layer(x)[0][:, -1])
+        return result
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_zeros_to_start_from_are_not_silent(kind: type[nn.RNNBase]) -> None:
+    batch = torch.rand(2, 3, 3)
+    own = prepare(Recurrent(kind), "bops <= 90%", batch)
+    assert silent_channels(own.model, as_inputs(batch)) == {}
+
+
+def test_channels_that_an_activation_has_killed_are_silent() -> None:
+    first = nn.Linear(3, 4)
+    nn.init.constant_(first.bias[:2].detach(), -9.0)
+    model, batch = nn.Sequential(first, nn.ReLU(), nn.Linear(4, 2)), torch.rand(5, 3)
+    scheme = Scheme((8,), activations="channel")
+    own = prepare(model, "bops <= 90%", batch, scheme=scheme)
+    assert silent_channels(own.model, as_inputs(batch)) == {"relu": (2, 4)}
+
+
 def history(*losses: float | None) -> History:
     return History([StepRecord(i, len(losses), "tune", (1.0,), x) for i, x in enumerate(losses)])
 
