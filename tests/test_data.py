@@ -82,7 +82,7 @@ ARRAYS = {
     "reversed": VALUES[:, ::-1],
     "other order of bytes": VALUES.astype(VALUES.dtype.newbyteorder()),
     "both": VALUES.astype(VALUES.dtype.newbyteorder())[::-1, ::2],
-    "packed": np.rec.fromarrays([VALUES, VALUES > 0], names="value,flag")["value"],
+    "packed": np.ones((3, 4), [("value", np.float32), ("flag", np.bool_)])["value"],
     "one number": np.array(3.0, dtype=">f4"),
 }
 
