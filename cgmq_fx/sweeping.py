@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -338,7 +339,8 @@ def _run_parallel(
             'several jobs need loky, which is not installed: pip install "cgmq-fx[sweep]"'
         ) from error
     cores = max(1, (os.cpu_count() or 1) // workers)
-    with ProcessPoolExecutor(workers) as pool:
+    muted = (logging.root.manager.disable,)  # what is not logged here is not there
+    with ProcessPoolExecutor(workers, initializer=logging.disable, initargs=muted) as pool:
         futures = [
             pool.submit(_work, task, stretch, points, index, cores)
             for index, stretch in enumerate(_stretches(budgets, workers))

@@ -1,8 +1,10 @@
 """The command line: what a person sees, and the exit statuses."""
 
 import json
+import logging
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,13 @@ class Products(cgmq_fx.CostModel):
 
 def broken() -> nn.Module:
     raise KeyError("weights")
+
+
+def noisy() -> nn.Module:
+    logging.getLogger("cgmq_fx").warning("take care")
+    warnings.warn("take more care", stacklevel=1)
+    torch.manual_seed(0)
+    return nn.Linear(3, 2)
 
 
 def run(*arguments: str) -> Result:
@@ -101,6 +110,23 @@ def test_scripts_get_json_or_nothing(budget: str, status: int, floor: float) -> 
     assert entry["floor"] / entry["ceiling"] * 100 == pytest.approx(floor)  # 2 x 2 of 32 x 32 bits
     quiet = run(*LENET, "--budget", budget, "--quiet")
     assert (quiet.exit_code, quiet.output) == (status, "")
+
+
+@pytest.mark.parametrize("command", ["quantize", "sweep", "explain"])
+def test_quiet_commands_warn_of_nothing(
+    command: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    arguments = [command, "tests.test_cli:noisy", "--budget", "bops <= 20%", "--input", "2x3"]
+    if command != "explain":
+        arguments += ["--epochs", "0", "--out", str(tmp_path / "out")]
+    with pytest.warns(UserWarning, match="take more care"):
+        assert run(*arguments).exit_code == 0
+    assert "take care" in caplog.text
+    caplog.clear()
+    result = run(*arguments, "--quiet")
+    assert (result.exit_code, result.output) == (0, "")
+    assert not [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert logging.root.manager.disable == logging.NOTSET
 
 
 def test_targets_for_scripts() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from shutil import get_terminal_size
 from typing import ParamSpec
@@ -41,6 +45,8 @@ _P = ParamSpec("_P")
 def reported(command: Callable[_P, None], unreadable: int = MISUSED) -> Callable[_P, None]:
     """Turn an error of the library into one short paragraph and an exit status.
 
+    With the option `quiet`, warnings are not shown.
+
     Args:
         command: What may fail.
         unreadable: The exit status where a file is not what it should be.
@@ -51,7 +57,8 @@ def reported(command: Callable[_P, None], unreadable: int = MISUSED) -> Callable
         from cgmq_fx.cost_models.errors import CgmqError, StoppedError
 
         try:
-            command(*args, **options)
+            with _without_warnings() if options.get("quiet") else nullcontext():
+                command(*args, **options)
         except StoppedError:
             click.echo("stopped", err=True)
             raise SystemExit(INTERRUPTED) from None
@@ -64,6 +71,23 @@ def reported(command: Callable[_P, None], unreadable: int = MISUSED) -> Callable
             raise SystemExit(INTERRUPTED) from None
 
     return run
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """No warnings from here on, logged or not, also in processes that are started."""
+    level, filters = logging.root.manager.disable, os.environ.get("PYTHONWARNINGS")
+    logging.disable(max(level, logging.WARNING))
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        del os.environ["PYTHONWARNINGS"]
+        if filters is not None:
+            os.environ["PYTHONWARNINGS"] = filters
 
 
 def _status(error: Exception, unreadable: int) -> int:
