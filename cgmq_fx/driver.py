@@ -156,12 +156,13 @@ def quantize(
             "direction": name_of(type(way)),
             "loss": name_of(loss),
             "metric": name_of(metric),
+            "val_data": None if val_data is None else "given",  # it tells which epoch was best
             "epochs": epochs,
             "steps": steps,
             "seed": seed,
             "compile": backend,
         }
-        agreed({**identity, "val_data": val_data is not None})
+        agreed(identity)
         prepared = Prepared(captured, parsed, chosen, way, search)
         if start is not None:
             prepared.start_from(start)

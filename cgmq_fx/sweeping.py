@@ -99,6 +99,7 @@ class _Task:
             "direction": direction_of(self.direction).name,
             "loss": repr(name_of(self.loss)),
             "metric": repr(name_of(self.metric)),
+            "val_data": repr(self.val_data is not None),
             "optimizer": repr(name_of(self.optimizer)),
             "epochs": repr(self.epochs),
             "seed": repr(self.seed),

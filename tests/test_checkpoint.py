@@ -181,6 +181,7 @@ def other_model() -> nn.Module:
         ({"epochs": 5}, "epochs is 5, there it is 3"),
         ({"seed": 7}, "seed is 7, there it is 0"),
         ({"direction": "gradient"}, "direction is .*Gradient', there it is .*Marginal'"),
+        ({"val_data": None}, "val_data is None, there it is 'given'"),
         ({"scheme": Scheme()}, "scheme is .*weights='tensor'"),
         ({"loss": lambda a, b: a.sum()}, "loss is .*<lambda>.* there it is .*cross_entropy"),
         (
@@ -188,7 +189,7 @@ def other_model() -> nn.Module:
             "of the optimizer, eps of group 0 is '0.001', there it is '1e-08'",
         ),
     ],
-    ids=["model", "budget", "epochs", "seed", "direction", "scheme", "loss", "optimizer"],
+    ids=["model", "budget", "epochs", "seed", "direction", "val", "scheme", "loss", "optimizer"],
 )
 def test_the_checkpoint_of_another_run_is_refused(
     begun: Checkpoint, options: dict[str, Any], message: str

@@ -211,7 +211,7 @@ def test_what_no_file_can_hold_is_found_before_training() -> None:
 
 def test_a_folder_of_another_sweep_is_refused(tmp_path: Path) -> None:
     run(tmp_path, ["bops <= 6%"], epochs=0)
-    for changed in ({"epochs": 1}, {"seed": 1}, {"loss": None}):
+    for changed in ({"epochs": 1}, {"seed": 1}, {"loss": None}, {"val_data": None}):
         with pytest.raises(OptionError, match=f"another {next(iter(changed))}; give another"):
             run(tmp_path, ["bops <= 6%"], **{"epochs": 0, **changed})
     with pytest.raises(OptionError, match="another epochs and another seed; give another"):
