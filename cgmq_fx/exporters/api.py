@@ -96,9 +96,12 @@ def export(
         with TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
             temporary = Path(folder) / path.name
             source = _written(exporter, result, temporary)
-            agreement = _verified(exporter, source, temporary, samples) if verify else None
+            agreement: Agreement | None = None
+            excuses: tuple[str, ...] = ()
+            if verify:
+                agreement, excuses = _verified(exporter, source, temporary, samples)
             certificate = certify(exporter, result, temporary, agreement)
-            remarks = exporter.remarks(temporary)
+            remarks = (*exporter.remarks(temporary), *excuses)
             beside = certificate.write(temporary)
             temporary.replace(path)
             beside.replace(path.with_name(beside.name))
@@ -124,7 +127,8 @@ def _source(result: Result, manifest: Manifest) -> Source:
 
 def _verified(
     exporter: Exporter, source: Source, path: Path, samples: Iterable[Any] | None
-) -> Agreement:
+) -> tuple[Agreement, tuple[str, ...]]:
+    """How a file agrees with the graph, and why that is right where it looks wrong."""
     batches = [source.inputs, *trial_batches(source.lowered, source.inputs, _SAMPLES)]
     if samples is not None:
         batches += _given(source, samples)
@@ -137,12 +141,13 @@ def _verified(
     reference = Reference(source.lowered, batches)
     _check_lowered(source, reference)
     agreement = reference.compare(found)
-    if not agreement.holds:
+    excuse = None if agreement.holds else reference.excuse(found)
+    if not agreement.holds and excuse is None:
         raise ExportError(
             f"the file runs, but does not compute what the model computes: {agreement}; it was "
             "removed"
         )
-    return agreement
+    return agreement, () if excuse is None else (excuse,)
 
 
 def _check_lowered(source: Source, reference: Reference) -> None:
@@ -151,10 +156,11 @@ def _check_lowered(source: Source, reference: Reference) -> None:
     Raises:
         ExportError: If they do not, naming the ops that draw random numbers, if there are any.
     """
-    agreement = reference.compare(outputs_of(copy_graph(source.frozen), reference.batches))
-    if agreement.holds:
-        return
+    found = outputs_of(copy_graph(source.frozen), reference.batches)
+    agreement = reference.compare(found)
     drawn = [node for node in source.lowered.graph.nodes if draws(node)]
+    if agreement.holds or (not drawn and reference.excuse(found) is not None):
+        return
     reason = f": {', '.join(n.name for n in drawn)} draws random numbers" if drawn else ""
     raise ExportError(
         f"the integers of the model do not compute what it computes itself{reason} ({agreement})"
