@@ -57,6 +57,7 @@ def normalised(captured: Captured) -> Captured:
         MergeState(),
         DecomposeComposite(),
         Functionalise(),
+        DecomposeComposite(),  # of what was written in place
         RelaxViews(),
         RemoveNoOps(),
         PropagateShapes(captured.inputs),

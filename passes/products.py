@@ -41,22 +41,36 @@ def _outer(first: Tensor, second: Tensor) -> Tensor:
     return first.unsqueeze(-1) * second
 
 
+def _added(base: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
+    """What runtimes without an op for it execute: scaled where that changes anything, added."""
+    scaled = product if alpha == 1 else product * alpha
+    if beta == 0:
+        return scaled
+    return (base if beta == 1 else base * beta) + scaled
+
+
 def _addr(
     base: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
-    return base * beta + _outer(first, second) * alpha
+    return _added(base, _outer(first, second), beta, alpha)
 
 
 def _addmv(
     base: Tensor, matrix: Tensor, vector: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
-    return base * beta + torch.matmul(matrix, vector) * alpha
+    return _added(base, torch.matmul(matrix, vector), beta, alpha)
 
 
 def _addbmm(
     base: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
-    return base * beta + torch.bmm(first, second).sum(0) * alpha
+    return _added(base, torch.bmm(first, second).sum(0), beta, alpha)
+
+
+def _baddbmm(
+    base: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    return _added(base, torch.bmm(first, second), beta, alpha)
 
 
 def _conv_tbc(inputs: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> Tensor:
@@ -110,6 +124,7 @@ WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     _ATEN.addr.default: _addr,
     _ATEN.addmv.default: _addmv,
     _ATEN.addbmm.default: _addbmm,
+    _ATEN.baddbmm.default: _baddbmm,
     _ATEN.conv_tbc.default: _conv_tbc,
     _ATEN.convolution.default: _convolution,
     _ATEN._native_batch_norm_legit_no_training.default: _batch_norm,

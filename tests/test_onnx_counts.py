@@ -14,6 +14,8 @@ from cgmq_fx import Result, Scheme, quantize
 from cgmq_fx.cost_models.errors import UnsupportedModelError
 from cgmq_fx.exporters.certificate import verify
 from cgmq_fx.exporters.onnx_reader import read_onnx
+from cgmq_fx.graphs import float_graph
+from cgmq_fx.passes.capture import ExampleInputs
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -325,3 +327,39 @@ def test_what_is_written_into_slices(forward: Any, suffix: str, tmp_path: Path) 
     budget = "bops <= 90%, weights <= 90%, activations <= 99%"
     result = quantized(net, torch.randn(4, 3, 6), budget, target="onnxruntime")
     assert_counted_alike(result, tmp_path / f"net.{suffix}")
+
+
+def written_over(m: Any, x: torch.Tensor) -> Any:
+    return m.last(m.first(x).baddbmm_(x, x, alpha=0.5))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.last(torch.baddbmm(m.first(x), x, x, beta=0.5, alpha=0.1)),
+        lambda m, x: m.last(torch.baddbmm(m.first(x), x, x)),
+        lambda m, x: m.last(torch.baddbmm(m.first.bias, x, x, alpha=2)),
+        lambda m, x: m.last(torch.addmm(m.first.bias, x[:, 0], m.first.weight, alpha=2)),
+        written_over,
+    ],
+    ids=["scaled", "added", "bias", "addmm", "in place"],
+)
+def test_products_that_are_added_to_something(forward: Any, tmp_path: Path) -> None:
+    net = Applies(forward, first=nn.Linear(8, 8), last=nn.Linear(8, 2))
+    x, budget = torch.rand(4, 8, 8), "activations <= 99%, weights <= 90%"
+    result = quantized(net, x, budget, target="onnxruntime")
+    assert_counted_alike(result, tmp_path / "net.onnx")
+    states = verify(tmp_path / "net.onnx").states
+    assert [s.reference for s in states] == [s.reference for s in result.cost]
+
+
+@pytest.mark.parametrize("beta", [0, 1, 0.5])
+@pytest.mark.parametrize("alpha", [1, 2])
+def test_sums_with_products_stay_what_they_are(alpha: float, beta: float) -> None:
+    def forward(m: Any, x: torch.Tensor) -> Any:
+        y = torch.baddbmm(x, x, x, alpha=alpha, beta=beta)
+        return m.first(torch.addmv(y[:, 0, 0], y[:, 0], y[0, 0], alpha=alpha, beta=beta)[:, None])
+
+    net, x = Applies(forward, first=nn.Linear(1, 2)), torch.rand(3, 4, 4)
+    found = float_graph(net, ExampleInputs((x,))).module(x)
+    torch.testing.assert_close(found, net(x))
