@@ -25,6 +25,7 @@ from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_expo
 from cgmq_fx.exporters.onnx_names import name_for_users
 from cgmq_fx.exporters.onnx_optimiser import optimise
 from cgmq_fx.exporters.onnx_parts import keep_names, name_ops
+from cgmq_fx.exporters.onnx_products import keep_float_products
 from cgmq_fx.exporters.onnx_reader import read_onnx
 from cgmq_fx.exporters.onnx_saturation import avoid_saturation, unsigned_weights
 from cgmq_fx.exporters.program import exported_program, quiet
@@ -215,6 +216,7 @@ class QdqFile(Exporter):
         import onnx_ir as ir
 
         model = to_onnx(source)
+        keep_float_products(model)
         self.store(model)
         drop_unread(model)
         ir.save(model, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ from cgmq_fx.exporters.cost_graph import Array, CostGraph, Counted, Manifest, Sh
 from cgmq_fx.exporters.onnx_ops import COMPUTE, OPS, PLACES, POOLS, SIZED, UNKNOWN
 from cgmq_fx.exporters.onnx_parts import Whole, wholes
 from cgmq_fx.exporters.onnx_shapes import value_types
+from cgmq_fx.exporters.onnx_values import along, attributes, dtype_of, single_zero
 from cgmq_fx.exporters.qonnx_reader import as_integers, is_qonnx
 
 MANIFEST = "cgmq_fx"
 _MOST_BYTES = 1 << 31
+_MATRIX = 2
 _LIMITS: dict[str, tuple[int, ...]] = {"Max": (0,), "Min": (1,), "Clip": (0, 1)}
 """Which ends of the values an op limits: lower, upper."""
 
@@ -91,12 +92,9 @@ class _Reader:
     """Walks through the nodes of one model."""
 
     def __init__(self, model: Any, manifest: Manifest) -> None:
-        import onnx
-
         self.graph = CostGraph()
         self._manifest = manifest
         self._model = model
-        self._kinds = onnx.TensorProto
         self._constants = {t.name: t for t in model.graph.initializer}
         self._nodes: dict[str, Node] = {}
         self._wholes: dict[str, Whole] = {}
@@ -154,7 +152,8 @@ class _Reader:
         elif self._is_clip_of_codes(node):
             return
         elif node.op_type in COMPUTE:
-            self._nodes[name] = self._product(node)
+            read = self._convolution if COMPUTE[node.op_type] else self._product
+            self._nodes[name] = read(node)
         else:
             self._nodes[name] = self._other(node)
 
@@ -174,7 +173,9 @@ class _Reader:
             self.graph.unknown.append(f"{node.name} ({node.op_type})")
             target = UNKNOWN
         given = [self._value(name) for name in self._data_inputs(node)]
-        layer = self._layer_without_bias(node, given)
+        if node.op_type == "Squeeze" and _shape(given[0]) == self._described(node.output[0])[0]:
+            return given[0]  # a product, which was read without the dimension
+        layer = self._sum_of_product(node, given) or self._layer_without_bias(node, given)
         if layer is not None:
             return layer
         if node.op_type in POOLS:
@@ -189,7 +190,7 @@ class _Reader:
         if node.op_type == "Concat":
             given = [given]  # type: ignore[list-item]
         if node.op_type == "Transpose":
-            given.append(list(_attributes(node)["perm"]))  # type: ignore[arg-type]
+            given.append(list(attributes(node)["perm"]))  # type: ignore[arg-type]
         if node.op_type == "ReduceMean" and len(node.input) > 1:
             axes = self._constant(node.input[1])
             if axes is not None:
@@ -198,31 +199,48 @@ class _Reader:
             self._nodes[extra] = self.graph.call(target, tuple(given), *self._described(extra))
         return self.graph.call(target, tuple(given), *self._described(node.output[0]))
 
-    def _product(self, node: Any) -> Node:
-        """A node that multiplies and accumulates."""
-        inputs, options = list(node.input), _attributes(node)
-        aten = torch.ops.aten
+    def _convolution(self, node: Any) -> Node:
         shape, dtype = self._described(node.output[0])
-        given = [self._value(name) for name in inputs if name]
-        if node.op_type == "MatMul":
-            turned = self._turned(inputs[1])
-            if turned is not None:
-                return self.graph.call(aten.linear.default, (given[0], turned), shape, dtype)
-            return self.graph.call(aten.matmul.default, tuple(given), shape, dtype)
-        if node.op_type == "Gemm":
-            if options.get("transA", 0):
-                raise ArtifactError(f"{node.name} multiplies in an order that is not known")
-            if options.get("transB", 0):
-                return self.graph.call(aten.linear.default, tuple(given), shape, dtype)
-            turned = self._turned(inputs[1])
-            if turned is not None:
-                return self.graph.call(
-                    aten.linear.default, (given[0], turned, *given[2:]), shape, dtype
-                )
-            return self.graph.call(aten.addmm.default, (given[2], *given[:2]), shape, dtype)
+        given = tuple(self._value(name) for name in node.input if name)
         target = COMPUTE[node.op_type][len(shape) - 2]
-        groups = int(options.get("group", 1))
-        return self.graph.call(target, tuple(given), shape, dtype, groups=groups)
+        groups = int(attributes(node).get("group", 1))
+        return self.graph.call(target, given, shape, dtype, groups=groups)
+
+    def _product(self, node: Any) -> Node:
+        """A product of matrices: MatMul or Gemm."""
+        aten, options = torch.ops.aten, attributes(node)
+        if options.get("transA", 0):
+            raise ArtifactError(f"{node.name} multiplies in an order that is not known")
+        first, name, *bias = (name for name in node.input if name)
+        name = self._matrix(name)
+        turned = self._value(name) if options.get("transB", 0) else self._turned(name)
+        second = turned or self._value(name)
+        given = [self._value(first), second, *map(self._value, bias)]
+        shape, dtype = self._described(node.output[0])
+        if len(_shape(second)) == _MATRIX:  # whatever leading dimension it has for the runtime
+            shape = shape[len(shape) - len(_shape(given[0])) :]
+        if turned is not None:
+            return self.graph.call(aten.linear.default, tuple(given), shape, dtype)
+        if not bias:
+            return self.graph.call(aten.matmul.default, tuple(given), shape, dtype)
+        return self.graph.call(aten.addmm.default, (given[2], *given[:2]), shape, dtype)
+
+    def _sum_of_product(self, node: Any, given: list[Node]) -> Node | None:
+        """What is read as a Gemm, but is written with a leading dimension for the runtime."""
+        if node.op_type != "Add":
+            return None
+        for name, product, other in zip(node.input, given, reversed(given), strict=True):
+            maker = self._makers.get(name)
+            if (
+                maker is not None
+                and maker.op_type == "Squeeze"
+                and product.target is torch.ops.aten.matmul.default
+                and len(_shape(product)) == _MATRIX
+                and all(self._readers[made] == 1 for made in (name, maker.input[0]))
+            ):
+                parts = (other, *product.args)
+                return self.graph.call(torch.ops.aten.addmm.default, parts, _shape(product))
+        return None
 
     def _layer_without_bias(self, node: Any, given: list[Node]) -> Node | None:
         """The linear layer whose bias a node adds, with that bias."""
@@ -234,21 +252,28 @@ class _Reader:
             or len(layer.args) != 2
             or self._readers[node.input[given.index(layer)]] != 1
             or bias.op != "get_attr"
-            or tuple(bias.meta["val"].shape) != tuple(layer.meta["val"].shape[-1:])
+            or _shape(bias) != _shape(layer)[-1:]
         ):
             return None
-        moved = self.graph.call(
-            layer.target, (*layer.args, bias), tuple(layer.meta["val"].shape), torch.float32
-        )
+        moved = self.graph.call(layer.target, (*layer.args, bias), _shape(layer), torch.float32)
         layer.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not moved)
         return moved
+
+    def _matrix(self, name: str) -> str:
+        """A weight without the leading dimension that it has for the runtime."""
+        maker = self._makers.get(name)
+        if maker is None or maker.op_type != "Unsqueeze" or name in self._varying:
+            return name
+        inner = maker.input[0]
+        whole, matrix = self._described(name)[0], self._described(inner)[0]
+        return inner if len(matrix) > 1 and whole == (1, *matrix) else name
 
     def _turned(self, name: str) -> Node | None:
         """The weight of a linear layer that is written as a product with the transposed weight."""
         maker = self._makers.get(name)
         if maker is None or maker.op_type != "Transpose":
             return None
-        if list(_attributes(maker)["perm"]) != [1, 0] or maker.input[0] in self._varying:
+        if list(attributes(maker)["perm"]) != [1, 0] or maker.input[0] in self._varying:
             return None
         source = self._value(maker.input[0])
         return source if source.op in ("call_module", "get_attr") else None
@@ -258,7 +283,7 @@ class _Reader:
         step = self._constant(scale)
         if step is None:
             raise ArtifactError(f"the step of {node.name} is not in the file")
-        axis = int(_attributes(node).get("axis", 1))
+        axis = int(attributes(node).get("axis", 1))
         if codes not in self._constants:
             return self._activation(codes, step, axis, scale)
         values = self._array(self._constants[codes])
@@ -266,9 +291,9 @@ class _Reader:
             return self.graph.state(values.shape, torch.int32)
         zero = self._constant(node.input[2]) if len(node.input) > 2 else None
         if zero is not None:
-            values = values.astype(np.int16) - _single_zero(zero, node.name)
+            values = values.astype(np.int16) - single_zero(zero, node.name)
         layout = self._manifest.layout(codes)
-        return self.graph.weight(values, _along(step.shape, values.ndim, axis), layout)
+        return self.graph.weight(values, along(step.shape, values.ndim, axis), layout)
 
     def _activation(self, codes: str, step: Array, axis: int, scale: str) -> Node:
         """From codes back to what was rounded: QuantizeLinear, perhaps a Clip."""
@@ -287,16 +312,16 @@ class _Reader:
         if limits:
             low, high = (np.asarray(v) for v in limits)
         source, ends = self._clipped(maker.input[0], step, axis)
-        shape = tuple(source.meta["val"].shape)
-        along = _along(step.shape, len(shape), axis)
+        shape = _shape(source)
+        places = along(step.shape, len(shape), axis)
         low = np.maximum(low.astype(np.int64) - zero.astype(np.int64).min(), ends[0])
         high = np.minimum(high.astype(np.int64) - zero.astype(np.int64).min(), ends[1])
         if step.size > 1:
             low, high = (
-                np.broadcast_to(v.reshape(-1), step.shape).reshape(along) for v in (low, high)
+                np.broadcast_to(v.reshape(-1), step.shape).reshape(places) for v in (low, high)
             )
         layout = self._manifest.layout(scale)
-        return self.graph.activation(source, low, high, step.reshape(along), layout)
+        return self.graph.activation(source, low, high, step.reshape(places), layout)
 
     def _clipped(self, name: str, step: Array, axis: int) -> tuple[Node, tuple[Array, Array]]:
         """What is rounded, and the limits of its codes that come from a clip of its values."""
@@ -358,29 +383,8 @@ class _Reader:
         if any(not size.HasField("dim_value") for size in kind.shape.dim):
             raise ArtifactError(f"the shape of {name} cannot be told")
         shape = tuple(int(size.dim_value) for size in kind.shape.dim)
-        element = kind.elem_type
-        if element in (self._kinds.INT64, self._kinds.INT32, self._kinds.BOOL):
-            dtype = {self._kinds.INT64: torch.int64, self._kinds.INT32: torch.int32}
-            return shape, dtype.get(element, torch.bool)
-        return shape, torch.float32
+        return shape, dtype_of(kind.elem_type)
 
 
-def _single_zero(zero: Array, name: str) -> int:
-    """The zero point of a weight: one number, however often it is written."""
-    if zero.size == 0 or (zero != zero.flat[0]).any():
-        raise ArtifactError(f"{name} reads a weight with several zero points")
-    return int(zero.flat[0])
-
-
-def _attributes(node: Any) -> dict[str, Any]:
-    from onnx import helper
-
-    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
-
-
-def _along(steps: Sequence[int], rank: int, axis: int) -> Shape:
-    """The shape of steps along an axis of a tensor."""
-    count = int(np.prod(steps))
-    if count == 1:
-        return ()
-    return tuple(count if i == axis % rank else 1 for i in range(rank))
+def _shape(node: Node) -> Shape:
+    return tuple(node.meta["val"].shape)

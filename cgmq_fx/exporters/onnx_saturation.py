@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cgmq_fx.exporters.cost_graph import Array
+from cgmq_fx.exporters.onnx_products import is_float
 
 _SUM = np.iinfo(np.int16)
 _OFFSET = 128
@@ -72,12 +73,12 @@ def unsigned_weights(path: Path) -> int:
 
 
 def _products(weight: Any, turned: bool = False) -> list[tuple[int, int]]:
-    """For every op that multiplies a weight: the axis over outputs, and the largest byte."""
+    """For every op that multiplies a weight by codes: the axis over outputs, the largest byte."""
     rows = []
     for reader, index in weight.uses():
         if reader.op_type == "Transpose":
             rows += _products(reader.outputs[0], turned=not turned)
-        elif reader.op_type in _OUTPUTS and index == 1:
+        elif reader.op_type in _OUTPUTS and index == 1 and not is_float(reader.inputs[0]):
             axis = 0 if turned else _OUTPUTS[reader.op_type]
             rows.append((axis, _largest_byte(reader.inputs[0])))
     return rows
