@@ -9,11 +9,14 @@ from typing import cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.nn import functional
 
 import cgmq_fx
 from cgmq_fx.exporters import exporters
+from cgmq_fx.exporters.agreement import output_steps
 from cgmq_fx.passes.capture import ExampleInputs
+from cgmq_fx.passes.lower import lower
 from tests.deploy_nets import assert_counted
 
 FORMATS = ["onnx", "pt2", "safetensors"]
@@ -83,12 +86,41 @@ class ReturnsASize(Layers):
         return x.shape[0], self.last(torch.relu(self.first(x)))
 
 
-NETS = [ClampsAPart, NormsBehindTheActivation, WritesIntoASlice, Masks, Cell, ReturnsASize]
+class ReturnsFlags(Layers):
+    """Flags, and a size, beside values and what may be empty."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int, Tensor, Tensor]:  # type: ignore[override]
+        y = self.last(torch.relu(self.first(x)))
+        return y > 0, x.shape[0], y, y[:, :0]
+
+
+class ReadsBytes(Layers):
+    """An image as it is decoded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.last(torch.relu(self.first(x.float() / 255))))
+
+
+class StartsWithoutBias(nn.Module):
+    """A layer of GPT-2, whose bias of zero no file holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.b, x, self.w)
+
+
+NETS = [
+    *(ClampsAPart, NormsBehindTheActivation, WritesIntoASlice, Masks, Cell, ReturnsASize),
+    *(ReturnsFlags, StartsWithoutBias),
+]
 
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("net", NETS)
-def test_it_is_written_run_and_counted(net: type[Layers], form: str, tmp_path: Path) -> None:
+def test_it_is_written_run_and_counted(net: type[nn.Module], form: str, tmp_path: Path) -> None:
     if form == "onnx":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
@@ -98,6 +130,37 @@ def test_it_is_written_run_and_counted(net: type[Layers], form: str, tmp_path: P
     assert_counted(exported, result)
     assert exported.agreement is not None
     assert exported.agreement.largest <= 1.01
+
+
+@pytest.mark.parametrize("form", FORMATS[:2])
+def test_bytes_that_come_in_are_counted_as_such(form: str, tmp_path: Path) -> None:
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    x = torch.randint(256, (4, 6), dtype=torch.uint8)
+    result = cgmq_fx.prepare(ReadsBytes(), "activations <= 100%, arena <= 100%", x).finalize()
+    assert_counted(result.export(tmp_path / f"net.{form}"), result)
+
+
+def test_the_grid_of_an_output_is_its_own_behind_a_size() -> None:
+    scheme = cgmq_fx.Scheme((2, 4, 8), output_bits=8)
+    x = torch.randn(4, 6)
+    result = cgmq_fx.prepare(ReturnsASize(), "bops <= 7%", x, scheme=scheme).finalize()
+    module = lower(result.model, result.inputs)
+    last = module.graph.output_node().args[0][1]  # type: ignore[index]
+    step = module.get_buffer(str(cast(Node, cast(Node, last).args[1]).target))
+    assert output_steps(module, [[torch.randn(4, 3)]]) == [float(step)]
+
+
+def test_outputs_that_are_empty_cannot_be_compared(tmp_path: Path) -> None:
+    class Empty(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.last(self.first(x)))[:, :0]
+
+    result = cgmq_fx.prepare(Empty(), "bops <= 100%", torch.randn(4, 6)).finalize()
+    with pytest.raises(cgmq_fx.ExportError, match="all outputs of the model are empty"):
+        result.export(tmp_path / "net.pt2")
+    assert result.export(tmp_path / "net.pt2", verify=False).agreement is None
 
 
 @pytest.mark.parametrize("form", FORMATS)

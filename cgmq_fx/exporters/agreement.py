@@ -15,7 +15,7 @@ from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.codes import is_dequantize, is_quantize
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.integer import Rounding, simulate_graph
-from cgmq_fx.passes.state import sources, tensor_at
+from cgmq_fx.passes.state import sources, tensor_at, value_of
 
 Batches: TypeAlias = Sequence[ExampleInputs]
 Outputs: TypeAlias = list[list[Tensor]]
@@ -114,8 +114,8 @@ class Reference:
         every = list(self._in_turn())
         steps = output_steps(self.module, every[0])
         pairs = [(expected, found) for expected in every]
-        near = torch.stack([_near(steps, *pair, self.batches) for pair in pairs]).any(0)
-        alike = _near(steps, every[0], every[1], self.batches)
+        near = torch.stack([self._near(steps, *pair) for pair in pairs]).any(0)
+        alike = self._near(steps, every[0], every[1])
         off, apart = (int((~same).sum()) for same in (near, alike))
         if int(near.sum()) < _FEWEST or 2 * off > apart:
             return None
@@ -124,6 +124,25 @@ class Reference:
             f"float32 differ from one another in {apart}, as single codes on a border change all "
             "that follows: measure the accuracy of the file itself, or allow more bits"
         )
+
+    def _near(
+        self, steps: Sequence[float], expected: Outputs, found: Sequence[Sequence[Tensor]]
+    ) -> Tensor:
+        """For every sample of all batches, whether all its outputs are at most one step off."""
+        sizes = [batch.batch or 1 for batch in self.batches]
+        rows = [torch.ones(0, dtype=torch.bool)]
+        for count, ours, theirs in zip(sizes, expected, found, strict=True):
+            same = torch.ones(count, dtype=torch.bool)
+            tensors = _without_sizes(self.module, theirs, len(ours))
+            for step, wanted, given in zip(steps, ours, tensors, strict=True):
+                if wanted.shape != given.shape:
+                    return torch.zeros(sum(sizes), dtype=torch.bool)
+                off = ((given.double() - wanted.double()) / step).abs()
+                near = off <= TOLERATED_STEPS + _EXACT
+                own = near.dim() > 0 and near.shape[0] == count
+                same &= near.reshape(count, near[0].numel()).all(1) if own else near.all()
+            rows.append(same)
+        return torch.cat(rows)
 
     def _in_turn(self) -> Iterator[Outputs]:
         for index, arithmetic in enumerate(_ARITHMETICS):
@@ -152,15 +171,29 @@ def _integers(rounding: Rounding) -> Callable[[GraphModule, Batches], Outputs]:
     return outputs
 
 
-def _without_sizes(outputs: Sequence[Tensor], count: int) -> Sequence[Tensor]:
+def _returned(module: GraphModule) -> list[Node]:
+    """The nodes that a graph returns, flat."""
+    leaves = pytree.tree_leaves(module.graph.output_node().args)
+    return [leaf for leaf in leaves if isinstance(leaf, Node)]
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(value_of(node), Tensor)
+
+
+def _without_sizes(module: GraphModule, outputs: Sequence[Tensor], count: int) -> Sequence[Tensor]:
     """Outputs without the sizes that a model returned beside them, which runtimes give as tensors.
 
     Args:
+        module: The graph.
         outputs: What a runtime gave.
         count: How many tensors the model returns.
     """
     if len(outputs) == count:
         return outputs
+    kept = [_is_tensor(node) for node in _returned(module)]
+    if len(kept) == len(outputs) and sum(kept) == count:
+        return [o for o, keep in zip(outputs, kept, strict=True) if keep]
     return [o for o in outputs if o.dim() or o.is_floating_point()]
 
 
@@ -171,7 +204,8 @@ def _compared(
     exact = within = rows = hits = total = 0
     largest = 0.0
     for ours, theirs in zip(expected, found, strict=True):
-        for step, wanted, given in zip(steps, ours, _without_sizes(theirs, len(ours)), strict=True):
+        tensors = _without_sizes(module, theirs, len(ours))
+        for step, wanted, given in zip(steps, ours, tensors, strict=True):
             if wanted.shape != given.shape:
                 return Agreement(0.0, 0.0, float("inf"), 0.0, wanted.numel())
             off = ((given.double() - wanted.double()) / step).abs().nan_to_num(float("inf"))
@@ -179,31 +213,12 @@ def _compared(
             within += int((off <= TOLERATED_STEPS + _EXACT).sum())
             largest = max(largest, float(off.max()) if off.numel() else 0.0)
             total += off.numel()
-            if wanted.dim():
-                same = wanted.argmax(-1) == given.argmax(-1)
+            if wanted.dim() and wanted.numel():
+                same = wanted.double().argmax(-1) == given.double().argmax(-1)
                 hits, rows = hits + int(same.sum()), rows + same.numel()
     return Agreement(
         exact / max(total, 1), within / max(total, 1), largest, hits / max(rows, 1), total
     )
-
-
-def _near(
-    steps: Sequence[float], expected: Outputs, found: Sequence[Sequence[Tensor]], batches: Batches
-) -> Tensor:
-    """For every sample of all batches, whether all its outputs are at most one step off."""
-    rows = [torch.ones(0, dtype=torch.bool)]
-    for batch, ours, theirs in zip(batches, expected, found, strict=True):
-        count = batch.batch or 1
-        same = torch.ones(count, dtype=torch.bool)
-        for step, wanted, given in zip(steps, ours, _without_sizes(theirs, len(ours)), strict=True):
-            if wanted.shape != given.shape:
-                return torch.zeros(sum(b.batch or 1 for b in batches), dtype=torch.bool)
-            off = ((given.double() - wanted.double()) / step).abs()
-            near = off <= TOLERATED_STEPS + _EXACT
-            own = near.dim() > 0 and near.shape[0] == count
-            same &= near.reshape(count, near[0].numel()).all(1) if own else near.all()
-        rows.append(same)
-    return torch.cat(rows)
 
 
 def exact_outputs(module: GraphModule, batches: Sequence[ExampleInputs]) -> list[list[Tensor]]:
@@ -231,7 +246,7 @@ _ARITHMETICS = (exact_outputs, outputs_of, *map(_integers, _ROUNDINGS))
 
 def output_steps(module: GraphModule, outputs: Sequence[Sequence[Tensor]]) -> list[float]:
     """The step of every output: of its grid if it has one, else of its span on the data."""
-    nodes = [n for n in pytree.tree_leaves(module.graph.output_node().args) if isinstance(n, Node)]
+    nodes = [node for node in _returned(module) if _is_tensor(node)]
     steps = []
     for index, columns in enumerate(zip(*outputs, strict=True)):
         own = _grid_step(module, nodes[index]) if index < len(nodes) else None

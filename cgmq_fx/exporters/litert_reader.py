@@ -30,9 +30,11 @@ _KINDS = {
     7: ("i2", torch.int16),
     9: ("i1", torch.int8),
     10: ("f8", torch.float64),
+    12: ("u8", torch.uint64),
+    15: ("u4", torch.uint32),
+    16: ("u2", torch.uint16),
 }
 _LIMITS = {3: (0, 255), 7: (-32768, 32767), 9: (-128, 127)}
-_INTEGERS = frozenset({2, 4, 6})
 _PLACEHOLDER = 127
 """The operator's number in the old field, where it is in the new one."""
 
@@ -84,8 +86,9 @@ class _Model:
         """Add all operators; what the graph returns."""
         for index in self._inputs:
             shape, kind = self._shape(index), int(self._tensor(index).number(1, "i1"))
-            dtype = _KINDS[kind][1] if kind in _INTEGERS else torch.float32
-            self._values[index] = self._builder.input(shape, dtype, self._grid(index))
+            grid = self._grid(index)
+            dtype = _KINDS[kind][1] if grid is None and kind in _KINDS else torch.float32
+            self._values[index] = self._builder.input(shape, dtype, grid)
         for operator in self._operators:
             self._operator(operator)
         return [self._operand(index) for index in self._outputs]
