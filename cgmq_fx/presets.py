@@ -70,7 +70,8 @@ class Preset:
         widths: The bit-widths that tensors may have; empty for any.
         weights: The granularities that gates of weights may have.
         ops: Names of the ATen ops that it executes exactly; empty for any.
-        rules: For some of them, what says why a node cannot be executed after all.
+        rules: For some of them, what says why a node cannot be executed after all; for `output`,
+            what says why something cannot be returned.
         trial: Tries a model that has other ops; what speaks against it, or None.
         channels_last: Whether what is deployed takes images with their channels last.
         bytes_only: Whether it keeps every tensor in whole bytes when it runs.
@@ -130,7 +131,7 @@ class Preset:
         nodes = captured.module.graph.nodes
         said = {node: self._foreign(captured.module, node) for node in nodes}
         untried = {node: name for node in nodes if (name := self._untried(node))}
-        hint = self._known
+        hint = self._known if untried else "write the model without it"
         if untried and self.trial is not None and not any(said.values()):
             reason = self.trial(captured)
             if reason is None:
@@ -150,7 +151,7 @@ class Preset:
         if node.op == "call_module" and self.formats:
             owner = module.get_submodule(str(node.target))
             return f"{owner.path}, kept as it is" if isinstance(owner, OpaqueCall) else None
-        name = float_op(node)
+        name = node.op if node.op == "output" else float_op(node)
         rule = dict(self.rules).get(name)
         reason = rule(node) if rule is not None else None
         return f"{name} {reason}" if reason else None

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from cgmq_fx.passes.optable import argument, compute_op
 from cgmq_fx.passes.state import shape_of
@@ -66,15 +67,36 @@ def _switched_on(node: Node) -> str | None:
     return "in evaluation mode, too" if argument(node, "train") is True else None
 
 
+def _made_by_nodes(node: Node) -> str | None:
+    """Not numbers, flags or text: a file of ONNX returns tensors, and sizes as such."""
+    leaves = pytree.tree_leaves(node.args)
+    others = [leaf for leaf in leaves if leaf is not None and not isinstance(leaf, Node)]
+    return f"of {others[0]!r}, which is no tensor" if others else None
+
+
+def _fixed_groups(node: Node) -> str | None:
+    """Not with as many groups as there are samples, say: they are written as a number."""
+    found = isinstance(argument(node, "groups"), Node)
+    return "with a number of groups that depends on the inputs" if found else None
+
+
+_CONVOLUTIONS: tuple[tuple[str, Rule], ...] = tuple(
+    (f"conv{kind}{rank}d", _fixed_groups) for kind in ("", "_transpose") for rank in (1, 2, 3)
+)
+
 HLS4ML = (
     *("conv1d", "conv2d", "linear", "relu", "max_pool2d", "add", "cat", "dropout"),
     *("flatten", "view", "reshape", "alias", "detach", "clone", "contiguous"),
 )
 """What hls4ml converts to C++ that was seen to be exact."""
 
-HLS4ML_RULES: tuple[tuple[str, Rule], ...] = (("linear", _of_rank(2)),)
+HLS4ML_RULES: tuple[tuple[str, Rule], ...] = (
+    *_CONVOLUTIONS,
+    ("linear", _of_rank(2)),
+    ("output", _made_by_nodes),
+)
 
-BYTE_RULES: tuple[tuple[str, Rule], ...] = (("softmax", _not_of_images),)
+BYTE_RULES: tuple[tuple[str, Rule], ...] = (*_CONVOLUTIONS, ("softmax", _not_of_images))
 """What ExecuTorch and LiteRT compute along another axis, or were never seen to compute."""
 
 
@@ -123,8 +145,10 @@ ONNXRUNTIME = _ALL + _words(
 """What ONNX Runtime executes; a model with another op is tried as a whole, in float."""
 
 ONNXRUNTIME_RULES: tuple[tuple[str, Rule], ...] = (
+    *_CONVOLUTIONS,
     ("adaptive_max_pool1d", _to_multiples),
     ("adaptive_max_pool2d", _to_multiples),
     ("dropout", _switched_on),
+    ("output", _made_by_nodes),
 )
 """What torch.onnx cannot write, and what no file computes alike twice."""

@@ -202,15 +202,43 @@ def test_what_stays_float_counts_as_it_is_deployed(
     assert_counted(exported, result)
 
 
-def test_numbers_that_no_onnx_file_returns_are_said_shortly(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
+@pytest.mark.parametrize(
+    ("constant", "form", "message"),
+    [
+        (3, "onnx", "an ONNX file returns tensors, and the model returns 3 beside them"),
+        ("v2", "onnx", "an ONNX file returns tensors, and the model returns 'v2' beside them"),
+        ("v2", "pt2", r"a \.pt2 file returns tensors and numbers, not 'v2'"),
+    ],
+)
+def test_what_no_file_returns_is_said_shortly(
+    constant: object, form: str, message: str, tmp_path: Path
+) -> None:
+    if form == "onnx":
+        pytest.importorskip("onnxscript")
 
     class Returns(Layers):
         def forward(self, x: Tensor) -> dict[str, object]:  # type: ignore[override]
-            return {"logits": self.last(self.first(x)), "version": 3}
+            return {"logits": self.last(self.first(x)), "version": constant}
 
     result = cgmq_fx.prepare(Returns(), "bops <= 6%", torch.randn(4, 6)).finalize()
-    with pytest.raises(cgmq_fx.ExportError, match=r"torch\.onnx cannot translate") as caught:
-        result.export(tmp_path / "net.onnx")
-    assert len(str(caught.value)) < 300
-    assert "\x1b" not in str(caught.value)
+    with pytest.raises(cgmq_fx.ExportError, match=message):
+        result.export(tmp_path / f"net.{form}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_outputs_of_other_precision_are_rounded_to_their_grid(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    class Returns(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.last(torch.relu(self.first(x)))).to(dtype)
+
+    budget = "bops <= 7%, activations <= 100%, arena <= 100%"
+    result = cgmq_fx.prepare(Returns(), budget, torch.randn(4, 6), target="onnxruntime").finalize()
+    exported = result.export(tmp_path / "net.onnx")
+    assert_counted(exported, result)
+    assert exported.agreement is not None
+    assert exported.agreement.largest <= 1.01

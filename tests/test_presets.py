@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 import cgmq_fx
 from benchmarks.op_nets import OPS, Between
 from cgmq_fx import PRESETS, OptionError, Preset, Scheme, TargetError, UnsupportedModelError
 from cgmq_fx.cli import main
 from cgmq_fx.cost_models import load_target, parse_budget, target_names
-from cgmq_fx.exporters import exporters
+from cgmq_fx.exporters import exporters, onnx_reader
 from cgmq_fx.exporters.onnx_file import Portable
 from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.capture import Captured
@@ -155,6 +156,56 @@ def test_an_op_that_was_never_tried_is_tried_in_onnx() -> None:
     message = r"target onnxruntime cannot execute lgamma \(.*\); torch.onnx cannot translate"
     with pytest.raises(UnsupportedModelError, match=message):
         cgmq_fx.prepare(Between(torch.lgamma, (8,)), "bops <= 5%", inputs, target="onnxruntime")
+
+
+class AsManyGroups(nn.Module):
+    """A convolution with weights of each sample, as in StyleGAN2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 3, 2, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = x.shape[0]
+        w = (self.w[:1] * x.mean((2, 3))[:, None, :, None, None]).reshape(count * 3, 2, 3, 3)
+        return functional.conv2d(x.reshape(1, -1, 6, 6), w, groups=count).reshape(count, 3, 4, 4)
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_groups_that_depend_on_the_inputs_are_refused(name: str) -> None:
+    message = "conv2d with a number of groups that depends on the inputs"
+    with pytest.raises(UnsupportedModelError, match=message):
+        graph_of(AsManyGroups(), torch.randn(2, 2, 6, 6), name)
+
+
+class ReturnsBeside(nn.Module):
+    """A layer, and something that no node makes."""
+
+    def __init__(self, other: object) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(6, 4), other
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        return {"y": self.layer(x), "other": self.other}
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "fpga"])
+def test_what_is_no_tensor_cannot_be_returned(name: str) -> None:
+    graph_of(ReturnsBeside(None), torch.randn(2, 6), name)
+    for other in (3.5, True, "text"):
+        message = f"cannot execute output of {other!r}, which is no tensor .*write the model witho"
+        with pytest.raises(UnsupportedModelError, match=message):
+            graph_of(ReturnsBeside(other), torch.randn(2, 6), name)
+
+
+def test_a_reader_that_fails_does_not_call_a_file_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(model: object) -> None:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(onnx_reader, "is_qonnx", fails)
+    message = "cannot be counted: its reader fails: IndexError: list index out of range"
+    with pytest.raises(UnsupportedModelError, match=message):
+        graph_of(Between(torch.cosh, (8,)), torch.rand(2, 8), "onnxruntime")
 
 
 def test_without_its_packages_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from cgmq_fx.exporters.onnx_parts import keep_names, name_ops
 from cgmq_fx.exporters.onnx_products import keep_float_products
 from cgmq_fx.exporters.onnx_reader import read_onnx
 from cgmq_fx.exporters.onnx_saturation import avoid_saturation, unsigned_weights
-from cgmq_fx.exporters.program import exported_program, quiet
+from cgmq_fx.exporters.program import constants_returned, exported_program, quiet
 from cgmq_fx.passes.absorb import AbsorbClamps
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.codes import DEQUANTIZE, QUANTIZE
@@ -61,6 +61,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         axis: int,
         dtype: int,
     ) -> Any:
+        if x.dtype not in (None, ir.DataType.FLOAT):  # steps are, and both have to be the same
+            x = op.Cast(x, to=ir.DataType.FLOAT)
         kind = ir.DataType(dtype).numpy()
         zero = constant(np.full(list(step.shape), zero_point), kind)
         limits = np.add(low, zero_point), np.add(high, zero_point)
@@ -113,8 +115,15 @@ def translated(program: ExportedProgram, table: dict[Any, Any], opset: int) -> A
         opset: Version of the operators.
 
     Raises:
-        ExportError: If torch.onnx has no translation of an op.
+        ExportError: If torch.onnx has no translation of an op, or something else than tensors is
+            returned.
     """
+    others = constants_returned(program.graph_module)
+    if others:
+        raise ExportError(
+            f"an ONNX file returns tensors, and the model returns {others[0]!r} beside them; leave "
+            "it out"
+        )
     name_ops(program)
     try:
         with quiet():

@@ -340,6 +340,11 @@ class _Reader:
             for place, limit in zip(places, limits, strict=True):
                 ends[place] = np.rint(limit.reshape(step.shape) / step).astype(np.int64)  # type: ignore[union-attr]
             name = maker.input[0] if places else name
+        maker = self._makers.get(name)
+        if maker is not None and maker.op_type == "Cast":
+            given, made = (self._described(n)[1] for n in (maker.input[0], name))
+            if given.is_floating_point and made is torch.float32:
+                name = maker.input[0]  # steps are float32, and what is rounded has to be, too
         return self._value(name), (ends[0], ends[1])
 
     def _is_clip_of_codes(self, node: Any) -> bool:

@@ -48,7 +48,13 @@ def onnx_refusal(captured: Captured) -> str | None:
         except ExportError as error:
             return str(error)
         except ArtifactError as error:
-            return f"what its file would cost cannot be counted: {error}"
+            return f"what its file would cost cannot be counted: {_told(error)}"
         except Exception as error:  # noqa: BLE001 - the runtime's errors have no class in common
             return f"onnxruntime does not run it: {error}"
     return None
+
+
+def _told(error: ArtifactError) -> str:
+    """What a reader says of a file that was just written, which is not damaged."""
+    cause = error.__cause__
+    return str(error) if cause is None else f"its reader fails: {type(cause).__name__}: {cause}"

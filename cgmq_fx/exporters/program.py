@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import ExportError
 from cgmq_fx.passes.capture import ExampleInputs
@@ -46,6 +47,12 @@ def _traced(module: GraphModule, inputs: ExampleInputs, shapes: Any) -> Exported
         return torch.export.export(
             module, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False
         )
+
+
+def constants_returned(module: GraphModule) -> list[Any]:
+    """What a graph returns that no node makes: numbers, flags and text, but not None."""
+    leaves = pytree.tree_leaves(module.graph.output_node().args)
+    return [leaf for leaf in leaves if leaf is not None and not isinstance(leaf, Node)]
 
 
 def in_aten(program: ExportedProgram) -> ExportedProgram:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import ExportError
 from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_exporter
-from cgmq_fx.exporters.program import exported_program, in_aten, quiet
+from cgmq_fx.exporters.program import constants_returned, exported_program, in_aten, quiet
 from cgmq_fx.exporters.pt2_reader import MANIFEST, read_pt2
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.spec_json import plain_spec
@@ -32,6 +32,9 @@ class Program(Exporter):
 
     def write(self, source: Source, path: Path) -> None:
         """Decompose to ATen and save."""
+        text = [c for c in constants_returned(source.lowered) if not isinstance(c, int | float)]
+        if text:
+            raise ExportError(f"a .pt2 file returns tensors and numbers, not {text[0]!r}")
         program = in_aten(exported_program(source.lowered, source.inputs))
         program._example_inputs = None  # not needed to run it, and saved by pickle
         _return_plainly(program)
