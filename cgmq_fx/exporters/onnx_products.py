@@ -34,6 +34,8 @@ def keep_float_products(model: Any) -> None:
     Args:
         model: A model of onnx_ir in QDQ form.
     """
+    from onnx_ir.passes.common import NameFixPass
+
     for node in list(model.graph):
         if node.op_type not in ("MatMul", "Gemm") or not _is_plain(node):
             continue
@@ -44,6 +46,7 @@ def keep_float_products(model: Any) -> None:
             _with_turned_weight(model.graph, node)
         else:
             _with_leading_dimension(model.graph, node)
+    NameFixPass()(model)
 
 
 def _is_plain(node: Any) -> bool:

@@ -313,7 +313,7 @@ class _Reader:
         if own is None or not np.array_equal(own.ravel(), step.ravel()):
             raise ArtifactError(f"{node} rounds to another grid than its codes are read on")
         layout = self._manifest.layout(name)
-        made = self._graph.activation(self._value(source), *limits, step, layout)
+        made = self._graph.activation(self._value(_rounded(source)), *limits, step, layout)
         if made.op == "call_module" and name:  # two tensors on one grid have one quantizer
             grid = (name, *(end.tobytes() for end in limits))
             made.target = self._grids.setdefault(grid, made.target)
@@ -381,6 +381,14 @@ def _source(node: Any) -> Node | None:
     if not isinstance(codes, Node) or not isinstance(value, Tensor) or value.dtype not in _CODES:
         return None
     return codes if codes.op == "get_attr" or codes.target is _ATEN._to_copy.default else None
+
+
+def _rounded(node: Node) -> Node:
+    """What is rounded: it is float32 as steps are, if need be by a cast."""
+    inner = node.args[0] if node.target is _ATEN._to_copy.default else None
+    if not isinstance(inner, Node) or _described(node)[1] is not torch.float32:
+        return node
+    return inner if _described(inner)[1].is_floating_point else node
 
 
 def _described(node: Node) -> tuple[Shape, torch.dtype]:
