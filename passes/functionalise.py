@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cgmq_fx.passes.aliases import aliases, writes
 from cgmq_fx.passes.infra import Pass, PassResult
@@ -60,6 +59,8 @@ def _copies_nothing(node: Node) -> bool:
 
 
 def _has_shape_of(first: Tensor, second: Tensor) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow
+
     return first.dim() == second.dim() and all(
         statically_known_true(a == b) for a, b in zip(first.shape, second.shape, strict=True)
     )

@@ -211,7 +211,7 @@ def test_new_values_have_a_quantizer_of_their_own(
 
 
 class Written(nn.Module):
-    """Writes into a part of a tensor that a linear layer reads."""
+    """Writes into a part of a tensor that a linear layer reads, past autograd: it stays so."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,13 +219,13 @@ class Written(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x).relu()
-        y[:, 1:3] -= 1.0
+        y.detach()[:, 1:3] -= 1.0
         z: Tensor = self.b(y)
         return z
 
 
 class Assembled(nn.Module):
-    """Fills a new tensor with parts of its input."""
+    """Fills a new tensor with parts of its input, likewise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,22 +233,23 @@ class Assembled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.zeros(x.shape[0], 4)
-        y[:, 1:3] = x[:, :2]
+        y.detach()[:, 1:3] = x[:, :2]
         z: Tensor = self.a(y)
         return z
 
 
 @pytest.mark.parametrize(
-    ("model", "name", "layer"), [(Written(), "relu", "linear_1"), (Assembled(), "zeros", "linear")]
+    ("model", "name", "write", "layer"),
+    [(Written(), "relu", "sub_", "linear_1"), (Assembled(), "zeros", "copy_", "linear")],
 )
 def test_what_is_written_in_place_is_quantized_when_it_is_complete(
-    model: nn.Module, name: str, layer: str
+    model: nn.Module, name: str, write: str, layer: str
 ) -> None:
     module = quantized(float_graph(model, ExampleInputs((torch.randn(2, 4),))))
     nodes = {n.name: n for n in module.graph.nodes}
     quantizer = nodes[f"{QUANTIZERS}_{name}"]
     assert nodes[layer].args[0] is quantizer
-    assert nodes["copy_"] < quantizer
+    assert nodes[write] < quantizer
     assert quantizers(module)[name].spec == SIGNED
 
 
