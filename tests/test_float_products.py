@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cgmq_fx import prepare
+from cgmq_fx.exporters.onnx_products import is_float
 from tests.deploy_nets import assert_counted
 
 onnx = pytest.importorskip("onnx")
@@ -101,3 +102,13 @@ def test_products_of_codes_keep_their_integer_kernels(tmp_path: Path) -> None:
     found = optimised(result.export(tmp_path / "net.onnx").path, tmp_path)
     assert "Unsqueeze" not in found
     assert any(name in found for name in ("MatMulIntegerToFloat", "QLinearMatMul"))
+
+
+@pytest.mark.parametrize(("op", "expected"), [("Reshape", False), ("Slice", False), ("Relu", True)])
+def test_codes_that_are_moved_are_codes(op: str, expected: bool) -> None:
+    ir = pytest.importorskip("onnx_ir")
+    codes, step = ir.Value(name="codes"), ir.Value(name="step")
+    assert is_float(codes)
+    dequantized = ir.node("DequantizeLinear", [codes, step]).outputs[0]
+    assert not is_float(dequantized)
+    assert is_float(ir.node(op, [dequantized]).outputs[0]) is expected

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 _VIEWS = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"})
+_MOVES = _VIEWS | {"Slice", "MaxPool"}
 """Ops that onnxruntime computes on codes, so that a product behind them has integer factors."""
 
 _MATRIX = 2
@@ -21,9 +22,9 @@ _PLAIN = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
 
 
 def is_float(activation: Any) -> bool:
-    """Whether a factor of a product is no code: neither dequantized nor a view of what is."""
+    """Whether a factor of a product is no code: neither dequantized nor picked from what is."""
     maker = activation.producer()
-    while maker is not None and maker.op_type in _VIEWS:
+    while maker is not None and maker.op_type in _MOVES:
         maker = maker.inputs[0].producer()
     return maker is None or maker.op_type != "DequantizeLinear"
 
