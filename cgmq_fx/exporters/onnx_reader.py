@@ -332,9 +332,9 @@ class _Reader:
             limits = [self._constant(other) for other in list(maker.input)[1:]] if maker else []
             if (
                 maker is None
-                or name in self._wholes
+                or self._is_more_than_limits(name)
                 or len(places) != len(limits)
-                or any(v is None for v in limits)
+                or any(v is None or v.size != step.size for v in limits)
             ):
                 break
             for place, limit in zip(places, limits, strict=True):
@@ -346,6 +346,11 @@ class _Reader:
             if given.is_floating_point and made is torch.float32:
                 name = maker.input[0]  # steps are float32, and what is rounded has to be, too
         return self._value(name), (ends[0], ends[1])
+
+    def _is_more_than_limits(self, name: str) -> bool:
+        """Whether a value is made by parts of one op that do not only limit values."""
+        whole = self._wholes.get(name)
+        return whole is not None and any(n.op_type not in _LIMITS for n in whole.nodes)
 
     def _is_clip_of_codes(self, node: Any) -> bool:
         maker = self._makers.get(node.input[0]) if node.op_type == "Clip" else None
