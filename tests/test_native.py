@@ -323,6 +323,7 @@ def test_without_openmp_it_runs_on_one_thread(fresh: Path, monkeypatch: pytest.M
 FEWER = """
 import torch
 from cgmq_fx.passes import native
+from cgmq_fx.passes.grid import adjacent_widths
 from cgmq_fx.passes.kernel import reference
 
 torch.set_num_threads(4)

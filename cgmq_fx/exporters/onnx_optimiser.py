@@ -23,6 +23,9 @@ _MOST_ROUNDS = 2
 _MAKERS = frozenset({"Range", "Expand", "Tile", "ConstantOfShape", "EyeLike", "OneHot"})
 """Ops that make tables from a few numbers."""
 
+_BIAS = 2
+"""The number of a convolution's input that is its bias."""
+
 _MEASURES = frozenset({"Shape", "Size"})
 _ROUNDS = frozenset({"QuantizeLinear", "DequantizeLinear", "Quant"})
 
@@ -50,9 +53,22 @@ def optimise(model: Any) -> None:
         common.DeduplicateInitializersPass(),
     ):
         step(model)
+    _without_zero_biases(model.graph)
     _merge(model)
     for step in (common.RemoveUnusedNodesPass(), common.OutputFixPass(), common.NameFixPass()):
         step(model)
+
+
+def _without_zero_biases(graph: Any) -> None:
+    """Take away the zeros that convolutions without a bias are written with."""
+    for node in graph:
+        if node.op_type not in ("Conv", "ConvTranspose") or len(node.inputs) < _BIAS + 1:
+            continue
+        maker = node.inputs[_BIAS] and node.inputs[_BIAS].producer()
+        if maker is not None and maker.op_type == "Expand":
+            value = maker.inputs[0].const_value
+            if value is not None and not value.numpy().any():
+                node.resize_inputs(_BIAS)
 
 
 def _merge(model: Any) -> None:
