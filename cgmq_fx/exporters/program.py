@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
@@ -18,7 +17,7 @@ from cgmq_fx.cost_models.errors import ExportError
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.codes import IN_ATEN
 from cgmq_fx.passes.optable import argument
-from cgmq_fx.passes.tracing import free_batch, is_free
+from cgmq_fx.passes.tracing import free_batch
 
 
 def exported_program(module: GraphModule, inputs: ExampleInputs) -> ExportedProgram:
@@ -60,12 +59,6 @@ def in_aten(program: ExportedProgram) -> ExportedProgram:
     with quiet(), torch.no_grad():
         decomposed: ExportedProgram = program.run_decompositions(IN_ATEN)
         return decomposed
-
-
-def is_dynamic(program: ExportedProgram) -> bool:
-    """Whether the program takes any batch size."""
-    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"]
-    return any(is_free(v.shape[0]) for v in values if isinstance(v, Tensor) and v.dim())
 
 
 @contextmanager
