@@ -265,6 +265,27 @@ def test_files_hold_no_more_than_the_model(case: str, tmp_path: Path) -> None:
     assert [s.value for s in states] == [s.value for s in result.cost]
 
 
+class Steps(nn.Module):
+    """A cell that reads one row of its input after the other, and starts from zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell = nn.LSTMCell(8, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, c = x.new_zeros(x.shape[0], 16), x.new_zeros(x.shape[0], 16)
+        for step in range(2):
+            h, c = self.cell(x[:, step], (h, c))
+        return h
+
+
+def test_what_is_picked_from_an_activation_has_its_bits(tmp_path: Path) -> None:
+    result = prepare(Steps(), "bops <= 5%", torch.randn(4, 2, 8)).finalize()
+    (state,) = result.export(tmp_path / "net.onnx", "qonnx").certificate.states
+    assert state.value == result.cost.states[0].value
+
+
 def spread(x: torch.Tensor) -> torch.Tensor:
     """What is expanded to a batch of 1 is no tensor of its own in the file."""
     return torch.eye(16)[None].expand(x.shape[0], -1, -1).bmm(x)

@@ -181,8 +181,9 @@ class _Reader:
         if node.op_type in POOLS:
             dims = len(given[0].meta["val"].shape) - 2
             target = POOLS[node.op_type].get(dims, target)
-        if node.op_type == "Gather" and given[0].op != "call_function":
-            target = torch.ops.aten.embedding.default
+        if node.op_type == "Gather" and node.input[0] not in self._varying:
+            table = given[0].op != "call_function"
+            target = torch.ops.aten.embedding.default if table else target
         if node.op_type in SIZED and not self._varying.isdisjoint(list(node.input)[len(given) :]):
             target = torch.ops.aten.expand_as.default  # to a size that depends on the batch
             number = self.graph.call(torch.ops.aten.full.default, ([], 0.0), ())
@@ -387,10 +388,9 @@ class _Reader:
 
     def _described(self, name: str) -> tuple[Shape, torch.dtype]:
         """Shape and dtype of a value."""
-        kind = self._types.get(name)
-        if kind is None or not kind.HasField("shape"):
-            raise ArtifactError(f"the shape of {name} cannot be told")
-        if any(not size.HasField("dim_value") for size in kind.shape.dim):
+        kind: Any = self._types.get(name)
+        known = kind is not None and kind.HasField("shape")
+        if not known or any(not size.HasField("dim_value") for size in kind.shape.dim):
             raise ArtifactError(f"the shape of {name} cannot be told")
         shape = tuple(int(size.dim_value) for size in kind.shape.dim)
         return shape, dtype_of(kind.elem_type)
