@@ -65,6 +65,17 @@ def _rounded_inputs(node: Node) -> list[Node]:
     return list(dict.fromkeys(i for i in inputs if isinstance(i, Node)))
 
 
+def _is_read_in_float(node: Node, besides: Node) -> bool:
+    """Whether an op that computes reads the values of a node before anything rounds them.
+
+    Args:
+        node: What is read.
+        besides: A reader that does not count.
+    """
+    kept = (user for user in node.users if user is not besides and not is_quantize(user))
+    return any(not preserves_grid(user) and user.target not in JOINS for user in kept)
+
+
 def _pair_behind(graph: Any, node: Node, like: Node) -> Node:
     """The values of `node` on the grid of the pair that ends in `like`."""
     quantize = like.args[0]
@@ -95,9 +106,10 @@ def _hoist(graph: Any, pair: Node, joins: bool) -> list[Node]:
         or not _commutes(source, is_unsigned(codes), joins)
         or (source.target not in {_RELU, *JOINS} and all(map(is_pair, _rounded_inputs(source))))
         or any(map(last_write, (source, *_rounded_inputs(source))))
+        or any(_is_read_in_float(node, source) for node in _rounded_inputs(source))
     ):
         # What is on a grid already passes the op first, and changes its grid behind it; what is
-        # written in place has its values later.
+        # written in place has its values later; what is read in float would be kept twice.
         return []
     made = []
     for node in _rounded_inputs(source):

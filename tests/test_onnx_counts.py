@@ -88,6 +88,32 @@ def sampled(m: Any, x: torch.Tensor) -> Any:
     return m.last(nn.functional.grid_sample(x, grid, align_corners=False))
 
 
+def joined_first(m: Applies, x: torch.Tensor) -> torch.Tensor:
+    wide, narrow = m.first(x).relu(), m.second(x).relu()
+    joined = m.third(torch.cat([wide, narrow], 1))
+    return joined.mean((2, 3)) + wide.sigmoid().mean((2, 3))
+
+
+def joined_last(m: Applies, x: torch.Tensor) -> torch.Tensor:
+    wide, narrow = m.first(x).relu(), m.second(x).relu()
+    means = wide.sigmoid().mean((2, 3))
+    return m.third(torch.cat([wide, narrow], 1)).mean((2, 3)) + means
+
+
+@pytest.mark.parametrize("forward", [joined_first, joined_last])
+@pytest.mark.parametrize(("wide", "narrow"), [(8, 2), (4, 4), (2, 8)])
+def test_what_is_joined_and_read_in_float_is_kept_once(
+    forward: Any, wide: int, narrow: int, tmp_path: Path
+) -> None:
+    sizes = {"first": (3, wide), "second": (3, narrow), "third": (wide + narrow, wide)}
+    layers = {name: nn.Conv2d(*size, 3, padding=1) for name, size in sizes.items()}
+    budget = "bops <= 20%, activations <= 100%, arena <= 100%"
+    result = quantized(
+        Applies(forward, **layers), torch.randn(4, 3, 8, 8), budget, target="onnxruntime"
+    )
+    assert_counted_alike(result, tmp_path / "net.onnx")
+
+
 def test_samples_on_a_computed_grid(tmp_path: Path) -> None:
     net = Applies(sampled, first=nn.Conv2d(3, 2, 1), last=nn.Conv2d(3, 4, 1))
     budget = "bops <= 20%, activations <= 90%"
