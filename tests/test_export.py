@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -104,6 +107,53 @@ def test_verification_can_be_left_out(broken: type[Exporter], tmp_path: Path) ->
 def test_a_format_is_registered_once(broken: type[Exporter]) -> None:
     with pytest.raises(ExportError, match="'broken' already"):
         register_exporter(broken)
+
+
+def of_kind(**attributes: Any) -> type[Exporter]:
+    methods: dict[str, Any] = {"write": lambda *_: None, "run": lambda *_: []}
+    given = {"name": "mine", "suffix": ".mine", **methods, **attributes}
+    return type("Mine", (Exporter,), {k: v for k, v in given.items() if v is not None})
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"name": None}, "Mine needs a `name`, such as 'mine'; it has None"),
+        ({"suffix": None}, "needs a `suffix` in small letters, such as '.mine'; it has None"),
+        ({"suffix": "mine"}, "it has 'mine'"),
+        ({"suffix": ".MINE"}, "it has '.MINE'"),
+        ({"write": None, "run": None}, "Mine has to define run, write"),
+        ({"name": "onnx"}, "there is a format 'onnx' already"),
+    ],
+)
+def test_formats_that_could_not_be_used_are_not_registered(
+    attributes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_EXPORTERS", dict(exporters()))
+    with pytest.raises(ExportError, match=re.escape(message)):
+        register_exporter(of_kind(**attributes))
+    assert "mine" not in exporters()
+
+
+OWN_FORMAT = """
+from pathlib import Path
+from cgmq_fx.exporters import Exporter, exporters, find_exporter, register_exporter
+
+@register_exporter
+class Mine(Exporter):
+    name, suffix = "mine", ".onnx"
+    def write(self, source, path): pass
+    def run(self, path, batches): return []
+
+print(find_exporter(Path("a.onnx"), None).name, list(exporters())[-1])
+"""
+
+
+def test_formats_of_this_library_keep_their_suffixes() -> None:
+    command = [sys.executable, "-c", OWN_FORMAT]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == (
+        "onnx mine\n"
+    )
 
 
 @pytest.mark.parametrize(

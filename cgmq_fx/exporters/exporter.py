@@ -184,11 +184,24 @@ def register_exporter(kind: ExporterType) -> ExporterType:
     """Make a format known; a class decorator.
 
     Raises:
-        ExportError: If the name is taken.
+        ExportError: If it has no name or no suffix, lacks a method, or if the name is taken.
     """
-    if kind.name in _EXPORTERS:
-        raise ExportError(f"there is a format {kind.name!r} already")
-    _EXPORTERS[kind.name] = kind()
+    if kind.__module__.rpartition(".")[0] != __package__:
+        exporters()  # those of this package come first, whenever others are registered
+    name, suffix = getattr(kind, "name", None), getattr(kind, "suffix", None)
+    if not isinstance(name, str) or not name:
+        raise ExportError(f"{kind.__qualname__} needs a `name`, such as 'mine'; it has {name!r}")
+    if not isinstance(suffix, str) or not suffix.startswith(".") or suffix != suffix.lower():
+        raise ExportError(
+            f"{kind.__qualname__} needs a `suffix` in small letters, such as '.mine'; it has "
+            f"{suffix!r}"
+        )
+    if name in _EXPORTERS:
+        raise ExportError(f"there is a format {name!r} already")
+    missing = ", ".join(sorted(kind.__abstractmethods__))
+    if missing:
+        raise ExportError(f"{kind.__qualname__} has to define {missing}")
+    _EXPORTERS[name] = kind()
     return kind
 
 
