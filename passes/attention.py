@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
@@ -19,7 +20,7 @@ from cgmq_fx.passes.optable import argument
 from cgmq_fx.passes.state import shape_of, value_of
 
 _ATEN = torch.ops.aten
-
+_LOG = logging.getLogger(__name__)
 
 TRAINING_DROPOUT = "cgmq_training_dropout"
 """The `node.meta` key of the dropout that fused attention has in training mode only."""
@@ -58,16 +59,24 @@ def note_training_dropout(graph: Graph, model: nn.Module, inputs: ExampleInputs)
     nodes = [n for n in graph.nodes if n.target is _ATEN.scaled_dot_product_attention.default]
     if not nodes:
         return
-    mode, own = _Probabilities(), inputs.map(torch.clone)
+    mode, own, failed = _Probabilities(), inputs.map(torch.clone), ""
     try:
         with torch.random.fork_rng(), torch.no_grad(), mode:
             copy.deepcopy(model).train()(*own.args, **own.kwargs)
-    except Exception:  # noqa: BLE001 - a model that cannot be called in training mode has none
-        return
+    except Exception as error:  # noqa: BLE001 - whatever the code of the model raises
+        failed = f", where it fails ({error})"
     if len(mode.found) == len(nodes):
         for node, probability in zip(nodes, mode.found, strict=True):
             if probability and not argument(node, "dropout_p"):
                 node.meta[TRAINING_DROPOUT] = probability
+    elif failed or any(mode.found):
+        _LOG.warning(
+            "dropout inside of fused attention is left out: the model calls it %d times, but %d "
+            "times in training mode%s",
+            len(nodes),
+            len(mode.found),
+            failed,
+        )
 
 
 @dataclass(frozen=True)

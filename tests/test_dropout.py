@@ -85,3 +85,25 @@ def test_capture_leaves_the_random_state_alone() -> None:
     torch.manual_seed(0)
     float_graph(model, ExampleInputs((torch.zeros(2, 4, 8),)))
     assert torch.equal(torch.rand(1), expected)
+
+
+class Failing(Attention):
+    """Attention that cannot be called in training mode without gradients."""
+
+    def __init__(self, late: bool) -> None:
+        super().__init__(0.5)
+        self.late = late
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = super().forward(x) if self.late else x
+        if self.training and not torch.is_grad_enabled():
+            raise RuntimeError("no gradients")
+        return found if self.late else super().forward(x)
+
+
+def test_dropout_that_cannot_be_seen_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    assert varies(graph(Failing(late=True).eval()).train())
+    assert "left out" not in caplog.text
+    assert not varies(graph(Failing(late=False).eval()).train())
+    assert "left out: the model calls it 1 times, but 0 times in training mode" in caplog.text
+    assert "where it fails (no gradients)" in caplog.text
