@@ -17,7 +17,7 @@ class PassResult:
 
     Attributes:
         module: The graph, usually the same object, edited.
-        modified: Whether anything changed.
+        modified: Whether anything may have changed: the graph is then checked and recompiled.
     """
 
     module: GraphModule

@@ -47,13 +47,6 @@ def _finest(quantizer: Quantizer) -> Tensor:
     return finest_step(fixed, quantizer.bits, quantizer.signed, quantizer.spec.power_of_two)
 
 
-def _accumulator_step(quantizer: BiasQuantizer, *reads: Tensor) -> Tensor:
-    """The grid of a bias: input step times weight step."""
-    power = quantizer.power_of_two
-    inputs = finest_step(reads[0], reads[1], quantizer.input_signed, power).reshape(-1)
-    return inputs * finest_step(reads[2], reads[3], quantizer.weight_signed, power).reshape(-1)
-
-
 def _axis(shape: tuple[int, ...] | torch.Size) -> int:
     """The axis that a shape such as (1, 8, 1, 1) runs along; 0 for a single number."""
     return next((i for i, size in enumerate(shape) if size > 1), 0)
@@ -174,7 +167,7 @@ class _Lowering:
 
     def _bias(self, node: Node, quantizer: BiasQuantizer) -> Node:
         """An int32 tensor on the grid of the accumulator."""
-        step = _accumulator_step(quantizer, *map(self._evaluate, node.all_input_nodes[1:]))
+        step = quantizer.accumulator_step(*map(self._evaluate, node.all_input_nodes[1:]))
         bias = self._evaluate(node)
         step = bias_step(step, bias)
         codes = bias_codes(bias, step).to(torch.int32)
@@ -225,7 +218,7 @@ class Lower(Pass):
 
     Attributes:
         offset: Whether activations with codes below zero go into unsigned containers with a zero
-            point in the middle, which some runtimes ask for.
+            point, which some runtimes ask for.
 
     Raises:
         UnsupportedModelError: If a tensor has channels that are float beside channels that are not,

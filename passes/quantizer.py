@@ -266,8 +266,7 @@ class BiasQuantizer(nn.Module):
             weight_bits: Its bits.
         """
         with torch.no_grad():
-            step = self._step(input_log_range, input_bits, self.input_signed)
-            step = step * self._step(weight_log_range, weight_bits, self.weight_signed)
+            step = self.accumulator_step(input_log_range, input_bits, weight_log_range, weight_bits)
             wide = bias if bias.dtype is torch.float64 else bias.float()  # codes exceed float16
             safe = bias_step(torch.where(step > 0, step, torch.ones_like(step)), wide)
             codes = bias_codes(wide, safe)
@@ -277,8 +276,18 @@ class BiasQuantizer(nn.Module):
             return rounded
         return rounded * kept_channels(weight_bits, self.axis).to(bias.dtype)
 
-    def _step(self, log_range: Tensor, bits: Tensor, signed: bool) -> Tensor:
-        return finest_step(log_range, bits, signed, self.power_of_two).reshape(-1)
+    def accumulator_step(
+        self,
+        input_log_range: Tensor,
+        input_bits: Tensor,
+        weight_log_range: Tensor,
+        weight_bits: Tensor,
+    ) -> Tensor:
+        """Input step times weight step, one or `channels` elements; as in `forward`."""
+        power = self.power_of_two
+        inputs = finest_step(input_log_range, input_bits, self.input_signed, power)
+        weights = finest_step(weight_log_range, weight_bits, self.weight_signed, power)
+        return inputs.reshape(-1) * weights.reshape(-1)
 
     def extra_repr(self) -> str:
         """The signs of the two grids, and what their steps are."""

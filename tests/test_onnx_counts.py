@@ -88,13 +88,13 @@ def sampled(m: Any, x: torch.Tensor) -> Any:
     return m.last(nn.functional.grid_sample(x, grid, align_corners=False))
 
 
-def joined_first(m: Applies, x: torch.Tensor) -> torch.Tensor:
+def joined_first(m: Any, x: torch.Tensor) -> Any:
     wide, narrow = m.first(x).relu(), m.second(x).relu()
     joined = m.third(torch.cat([wide, narrow], 1))
     return joined.mean((2, 3)) + wide.sigmoid().mean((2, 3))
 
 
-def joined_last(m: Applies, x: torch.Tensor) -> torch.Tensor:
+def joined_last(m: Any, x: torch.Tensor) -> Any:
     wide, narrow = m.first(x).relu(), m.second(x).relu()
     means = wide.sigmoid().mean((2, 3))
     return m.third(torch.cat([wide, narrow], 1)).mean((2, 3)) + means

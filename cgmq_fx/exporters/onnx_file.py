@@ -93,7 +93,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {QUANTIZE: quantize, DEQUANTIZE: dequantize}
 
 
-def to_onnx(source: Source, opset: int = OPSET) -> Any:
+def to_onnx(source: Source) -> Any:
     """The model as a torch.onnx program, without the exporter's notes about where nodes came from.
 
     Raises:
@@ -102,7 +102,7 @@ def to_onnx(source: Source, opset: int = OPSET) -> Any:
     module = copy_graph(source.lowered_with_offset)
     module = run_passes(module, [HoistCodes(), AbsorbClamps(), SurroundOps(), PoolsAsMeans()])
     program = exported_program(module, source.inputs)
-    exported = translated(program, translations(), opset)
+    exported = translated(program, translations(), OPSET)
     return without_notes(exported.model, source.manifest)
 
 
