@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from torch import SymInt, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from cgmq_fx.cost_models.facts import (
     GraphFacts,
@@ -30,6 +30,7 @@ from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer
 from cgmq_fx.passes.state import (
     bits_of,
     groups_of,
+    grows_with_batch,
     quantizer_name,
     quantizer_of,
     reachable_from_inputs,
@@ -45,12 +46,34 @@ FACTS = "cgmq_facts"
 _OWN = (QUANTIZERS, BIASES)
 
 
+@dataclass(frozen=True)
+class _Samples:
+    """What depends on the input, and what of it is there once per sample.
+
+    Attributes:
+        live: The nodes whose value or size depends on the model's input.
+        growing: Those whose tensors hold something of every sample.
+        batch: The batch size of the shapes.
+    """
+
+    live: set[Node]
+    growing: set[Node]
+    batch: int
+
+    @staticmethod
+    def of(graph: Graph, batch: int) -> _Samples:
+        return _Samples(reachable_from_inputs(graph), grows_with_batch(graph, batch), batch)
+
+    def share(self, count: int, *nodes: Node) -> int:
+        """What one sample has of a count, if it is a count for all in one of these nodes."""
+        return count // self.batch if any(node in self.growing for node in nodes) else count
+
+
 def _operands(
     module: GraphModule,
     node: Node,
     op: ComputeOp,
-    live: set[Node],
-    batch: int,
+    samples: _Samples,
     pruning: Pruning | None,
 ) -> tuple[Operand, ...]:
     """Weight first, then activation; of two activations, in the order of the op."""
@@ -59,8 +82,8 @@ def _operands(
     gates = [q[1].spec.gate_shape if q else () for q in found]
     meets = meeting(node, op, gates[1], pruning.gates[1] if pruning else prod(gates[0]))
     rows = [
-        replace(_operand(first, found[0], meets[1], live, batch), pruning=pruning),
-        _operand(second, found[1], meets[0], live, batch),
+        replace(_operand(first, found[0], meets[1], samples), pruning=pruning),
+        _operand(second, found[1], meets[0], samples),
     ]
     return tuple(sorted(rows, key=lambda row: row.role is not Role.WEIGHT))
 
@@ -83,13 +106,10 @@ def _operand(
     node: Node,
     found: tuple[str, Quantizer] | None,
     meets: tuple[int, ...],
-    live: set[Node],
-    batch: int,
+    samples: _Samples,
 ) -> Operand:
-    elements = prod(shape_of(node) or ())
-    role = Role.ACTIVATION if node in live else Role.WEIGHT
-    if role is Role.ACTIVATION:
-        elements //= batch
+    elements = samples.share(prod(shape_of(node) or ()), node)
+    role = Role.ACTIVATION if node in samples.live else Role.WEIGHT
     return Operand(role, elements, found[0] if found else None, meets)
 
 
@@ -160,24 +180,23 @@ def _facts(
     module: GraphModule,
     node: Node,
     stored: list[Stored],
-    live: set[Node],
-    batch: int,
+    samples: _Samples,
     pruning: Pruning | None,
 ) -> NodeFacts:
     op, shape = compute_op(node), shape_of(node) or ()
-    per_sample = batch if node in live else 1
     macs = 0
     factors: tuple[Operand, ...] = ()
     if op is not None:
-        first, second = (shape_of(f) or () for f in operands(node, op))
-        macs = op.macs(first, second, shape) // per_sample
-        factors = _operands(module, node, op, live, batch, pruning)
+        both = operands(node, op)
+        first, second = (shape_of(f) or () for f in both)
+        macs = samples.share(op.macs(first, second, shape), *both)
+        factors = _operands(module, node, op, samples, pruning)
     return NodeFacts(
         name=node.name,
         op=str(node.target),
         macs=macs,
         operands=factors,
-        output_elements=prod(shape) // per_sample if shape else 0,
+        output_elements=samples.share(prod(shape), node) if shape else 0,
         output_shape=shape,
         groups=groups_of(node) if op else 1,
         stored=tuple(stored),
@@ -199,12 +218,12 @@ def _opaque_facts(node: Node, call: OpaqueCall, stored: list[Stored], batch: int
     )
 
 
-def _quantizer_facts(module: GraphModule, live: set[Node], batch: int) -> Iterator[QuantizerFacts]:
+def _quantizer_facts(module: GraphModule, samples: _Samples) -> Iterator[QuantizerFacts]:
     for node in module.graph.nodes:
         owner = _called(module, node)
         if not isinstance(owner, Quantizer):
             continue
-        elements = prod(shape_of(node) or ()) // (batch if node in live else 1)
+        elements = samples.share(prod(shape_of(node) or ()), node)
         spec = owner.spec
         yield QuantizerFacts(
             quantizer_name(node), spec.role, owner.bits.numel(), spec.bit_widths, elements
@@ -222,7 +241,7 @@ def annotate(module: GraphModule, batch: int) -> GraphFacts:
         The facts, in execution order. Ops that no table knows are listed in `unknown`, modules that
         run as they are in `opaque`; the MACs of those are what torch's counter finds, in float.
     """
-    live = reachable_from_inputs(module.graph)
+    samples = _Samples.of(module.graph, batch)
     stored, (makers, readers) = _stored(module), _prunings(module)
     stored.update({n: _shortened(stored[n], own) for n, own in makers.items() if n in stored})
     nodes, unknown, opaque = [], [], []
@@ -234,14 +253,14 @@ def annotate(module: GraphModule, batch: int) -> GraphFacts:
             opaque.append(f"{kept.path} ({type(kept.inner).__name__})")
         elif compute_op(node) is not None or node in stored:
             node.meta[FACTS] = _facts(
-                module, node, stored.get(node, []), live, batch, readers.get(node)
+                module, node, stored.get(node, []), samples, readers.get(node)
             )
         if FACTS in node.meta:
             nodes.append(node.meta[FACTS])
         if not is_known(node):
             unknown.append(f"{node.name} ({node.target}{', ' if place(node) else ''}{place(node)})")
-    quantizers = {q.name: q for q in _quantizer_facts(module, live, batch)}
-    tensors = liveness(module, live, batch)
+    quantizers = {q.name: q for q in _quantizer_facts(module, samples)}
+    tensors = liveness(module, samples.live, samples.share)
     return GraphFacts(
         tuple(nodes),
         quantizers,

@@ -11,6 +11,7 @@ grid (max-pool before the quantizer, say) has theirs, because a runtime quantize
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
 from torch import SymInt, nn
@@ -26,13 +27,15 @@ from cgmq_fx.passes.state import bits_of, quantizer_name, quantizer_of, shape_of
 _LAST = 1 << 60
 
 
-def liveness(module: GraphModule, live: set[Node], batch: int) -> tuple[TensorFacts, ...]:
+def liveness(
+    module: GraphModule, live: set[Node], share: Callable[[int, Node], int]
+) -> tuple[TensorFacts, ...]:
     """The tensors that depend on the model's input, with their lifetimes.
 
     Args:
         module: A graph with shapes.
         live: The nodes that depend on the input.
-        batch: Batch size of the shapes; sizes are per sample.
+        share: What one sample has of the elements of a node.
 
     Returns:
         The tensors in the order in which they are written.
@@ -46,7 +49,7 @@ def liveness(module: GraphModule, live: set[Node], batch: int) -> tuple[TensorFa
     return tuple(
         TensorFacts(
             name=root.name,
-            elements=-(-_size(root) // batch),
+            elements=share(_size(root), root),
             first=0 if root.op == "placeholder" else steps[root],
             last=min(_last_use(nodes, storage, steps), len(steps) - 1),
             quantizer=widths.get(root),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,7 +85,34 @@ class Pooled(nn.Module):
         return cast(Tensor, (self.inner(x) * query).sum(0))
 
 
-def macs(model: nn.Module, inputs: Any) -> float:
+class Placed(nn.Module):
+    """Adds what a small network makes of the positions, the same for all samples."""
+
+    def __init__(self, places: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.places = nn.Linear(8, 8), places
+        self.outer = nn.Sequential(nn.Linear(1, 16), nn.ReLU(), nn.Linear(16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.inner(x) + self.outer(self.places(x)))
+
+
+def counted(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[1], device=x.device).float()[:, None]
+
+
+def summed(x: Tensor) -> Tensor:
+    return torch.ones_like(x[0, :, :1]).cumsum(0)
+
+
+class Causal(nn.Module):
+    """Attention to what was before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+def macs(model: Any, inputs: Any) -> float:
     return cgmq_fx.cost(model, inputs, "macs")["macs"].totals[32]
 
 
@@ -127,6 +155,34 @@ def test_a_scale_without_a_batch_leaves_costs_per_sample(batch: int) -> None:
     assert captured.inputs.batched == (True, False)
     assert macs(Scaled(), given) == 88  # 8 * 8 + 8 * 3
     assert macs(Scaled(), dict(reversed(given.items()))) == 88
+
+
+@pytest.mark.parametrize("batch", [2, 6, 16])
+@pytest.mark.parametrize("places", [counted, summed])
+def test_what_is_there_once_for_all_samples_costs_every_sample(
+    places: Callable[[Tensor], Tensor], batch: int, tmp_path: Path
+) -> None:
+    x = torch.rand(batch, 6, 8)
+    sizes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=2, max=50)},)
+    program = torch.export.export(Placed(places), (x,), dynamic_shapes=sizes)
+    whole = 6 * (8 * 8 + 16 + 16 * 8)
+    assert macs(program, x) == whole
+    result = cgmq_fx.prepare(program, "bops <= 12 kbop", x).finalize()
+    assert result.cost.states[0].value <= 12_000
+    exported = result.export(tmp_path / "net.pt2")
+    assert exported.certificate.states[0].value == result.cost.states[0].value
+
+
+def test_a_mask_is_there_once_for_all_samples() -> None:
+    few, many = (
+        [
+            (t.elements, t.bits)
+            for t in cgmq_fx.cost(Causal(), torch.rand(batch, 32, 4), "activations").facts.tensors
+        ]
+        for batch in (2, 16)
+    )
+    assert few == many
+    assert (32 * 32, 8) in many
 
 
 def test_a_length_that_is_gone_at_the_end_is_no_batch() -> None:
