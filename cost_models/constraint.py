@@ -6,10 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from math import isfinite
+from typing import TYPE_CHECKING, NoReturn
 
 from cgmq_fx.cost_models.errors import BudgetError
 from cgmq_fx.cost_models.facts import FLOAT_BITS
 from cgmq_fx.cost_models.model import CostModel
+
+if TYPE_CHECKING:
+    from cgmq_fx.cost_models.parse import BudgetLike
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +87,19 @@ class Constraint:
             return f"{self.name} <= {_plain(exact.scaleb(2))}%{base}"
         return f"{self.name} <= {_plain(exact)} {self.model.unit}".rstrip()
 
-    def __and__(self, other: Constraint | Budget) -> Budget:
+    def __and__(self, other: BudgetLike) -> Budget:
         return Budget((self,)) & other
+
+    def __bool__(self) -> NoReturn:
+        raise _neither()
+
+
+def _neither() -> BudgetError:
+    """What is wrong with a bound where Python asks for true or false, as in `a and b`."""
+    return BudgetError(
+        'a bound is neither true nor false; join bounds with & or a comma: Python\'s "and" would '
+        "keep only the last one"
+    )
 
 
 def _plain(number: Decimal) -> str:
@@ -139,9 +154,13 @@ class Budget:
         pairs = zip(self.constraints, bounds, strict=True)
         return Budget(tuple(replace(c, bound=bound) for c, bound in pairs))
 
-    def __and__(self, other: Constraint | Budget) -> Budget:
-        more = other.constraints if isinstance(other, Budget) else (other,)
-        return Budget(self.constraints + more)
+    def __and__(self, other: BudgetLike) -> Budget:
+        from cgmq_fx.cost_models.parse import parse_budget
+
+        return Budget(self.constraints + parse_budget(other).constraints)
+
+    def __bool__(self) -> NoReturn:
+        raise _neither()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Bounds, constraints and facts: what they are, what they refuse, and that they never change."""
 
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields
 from math import inf, nan
 from typing import Any
@@ -15,6 +16,7 @@ from cgmq_fx.cost_models import (
     ConstraintState,
     CostModel,
     GraphFacts,
+    MACs,
     NodeBits,
     NodeFacts,
     Operand,
@@ -189,6 +191,30 @@ def test_budgets_are_joined() -> None:
     with pytest.raises(BudgetError, match="the budget bounds 'bops' twice"):
         bops & weights & bops
     assert len(parse_budget("bops <= 1%, bops <= 5, bops <= 9% of 8 bits, bops[a] <= 1%")) == 4
+
+
+def test_budgets_are_joined_with_what_a_budget_is_read_from() -> None:
+    bops = BOPs() <= 1
+    for more in ("weights <= 2 B", {"weights": 2}, [WeightMemory() <= 2]):
+        assert str(bops & more) == "bops <= 1 bop, weights <= 2 byte"
+        assert str(Budget((bops,)) & more) == str(bops & more)
+    with pytest.raises(BudgetError, match="cannot read a budget from int"):
+        bops & 5  # type: ignore[operator]
+
+
+# `a and b` is b alone: the first bound would be lost without a word.
+UNTRUE: list[Callable[[], Any]] = [
+    lambda: BOPs() <= 2e6 and WeightMemory() <= 3,
+    lambda: (BOPs() <= 2e6) & (WeightMemory() <= 3) and MACs() <= 5,
+    lambda: BOPs() <= 2e6 or WeightMemory() <= 3,
+    lambda: not (BOPs() <= 2e6),
+]
+
+
+@pytest.mark.parametrize("joined", UNTRUE)
+def test_a_bound_is_neither_true_nor_false(joined: Callable[[], Any]) -> None:
+    with pytest.raises(BudgetError, match=r'join bounds with & or a comma: Python\'s "and" would'):
+        joined()
 
 
 # Value, limit, reference; whether it holds, the share, and the text.
