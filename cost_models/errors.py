@@ -40,7 +40,7 @@ class InfeasibleBudgetError(BudgetError):
 class CostModelError(CgmqError):
     """A cost model breaks its contract: not finite, negative, or lower for more bits.
 
-    Or it cannot be registered, or made from its name.
+    Or it fails, or cannot be registered, or made from its name.
     """
 
 

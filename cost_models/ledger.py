@@ -14,6 +14,7 @@ from math import fsum, isfinite
 import numpy as np
 import numpy.typing as npt
 
+from cgmq_fx.cost_models.asking import cost_of_graph, cost_of_node
 from cgmq_fx.cost_models.bits import (
     Assignment,
     BitArray,
@@ -121,7 +122,7 @@ class Ledger:
                 continue
             if state is None:
                 state = self._state(changed, self._tensors_after({name: bits}))
-            found.append(constraint.model.graph_cost(self.graph, state) - self._totals[c])
+            found.append(cost_of_graph(constraint.model, self.graph, state) - self._totals[c])
         return tuple(found)
 
     def move(self, name: str, bits: BitArray) -> None:
@@ -236,7 +237,7 @@ class Ledger:
                 continue
             if state is None:
                 state = self._state(changed, tensors)
-            totals.append(constraint.model.graph_cost(self.graph, state))
+            totals.append(cost_of_graph(constraint.model, self.graph, state))
         return tuple(totals)
 
     def _summands(self, c: int, moves: dict[int, float]) -> list[float]:
@@ -263,13 +264,13 @@ class Ledger:
     ) -> list[float]:
         model, inside = self.budget.constraints[c].model, self._inside[c]
         facts = self.graph.nodes
-        return [float(model.node_cost(facts[i], nodes[i])) if inside[i] else 0.0 for i in indices]
+        return [cost_of_node(model, facts[i], nodes[i]) if inside[i] else 0.0 for i in indices]
 
     def _total(self, c: int, costs: Sequence[float], state: GraphBits | None) -> float:
         model = self.budget.constraints[c].model
         if model.additive or state is None:
             return fsum(costs)
-        return model.graph_cost(self.graph, state)
+        return cost_of_graph(model, self.graph, state)
 
     def _uniform(self, bits: int) -> GraphBits:
         """The state with every quantizer at `bits`, see `reference_bits`."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cgmq_fx.cost_models.asking import cost_of_graph, parts_of_graph
 from cgmq_fx.cost_models.bits import Assignment, BitArray, GraphBits, graph_bits
 from cgmq_fx.cost_models.constraint import Budget, ConstraintState
 from cgmq_fx.cost_models.errors import CostModelError, InfeasibleBudgetError
@@ -83,7 +84,7 @@ def relevance(graph: GraphFacts, budget: Budget) -> dict[str, tuple[bool, ...]]:
     for index, constraint in enumerate(budget):
         if not constraint.model.additive:
             bits = _Watched(graph_bits(graph, ends[1]))
-            constraint.model.graph_cost(graph, bits)
+            cost_of_graph(constraint.model, graph, bits)
             for name, flags in relevant.items():
                 flags[index] |= bits.reads(graph, name)
     return {name: tuple(bool(r) for r in flags) for name, flags in relevant.items()}
@@ -171,7 +172,7 @@ def _parts(ledger: Ledger, index: int) -> dict[str, float]:
     inside = inside_scope(ledger.graph, constraint)
     graph = replace(ledger.graph, nodes=tuple(compress(ledger.graph.nodes, inside)))
     bits = GraphBits(list(compress(bits.nodes, inside)), bits.tensors)
-    return constraint.model.parts(graph, bits)
+    return parts_of_graph(constraint.model, graph, bits)
 
 
 def _largest(parts: Mapping[str, float], most: int = _DOMINANT) -> list[str]:
