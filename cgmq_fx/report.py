@@ -233,7 +233,8 @@ def _state(state: ConstraintState) -> dict[str, Any]:
         "unit": state.constraint.model.unit,
         "value": state.value,
         "limit": state.limit,
-        "reference_32_bit": state.reference,
+        "base": state.constraint.bound.base,
+        "reference": state.reference,
         "relative": state.relative,
         "satisfied": state.satisfied,
     }

@@ -83,8 +83,7 @@ class Constraint:
         """The string form that a budget is read from, exact: it reads back as the same bound."""
         exact = Decimal(repr(float(self.bound.value)))
         if self.bound.relative:
-            base = "" if self.bound.base == FLOAT_BITS else f" of {self.bound.base} bits"
-            return f"{self.name} <= {_plain(exact.scaleb(2))}%{base}"
+            return f"{self.name} <= {_plain(exact.scaleb(2))}%{_base(self.bound)}"
         return f"{self.name} <= {_plain(exact)} {self.model.unit}".rstrip()
 
     def __and__(self, other: BudgetLike) -> Budget:
@@ -100,6 +99,11 @@ def _neither() -> BudgetError:
         'a bound is neither true nor false; join bounds with & or a comma: Python\'s "and" would '
         "keep only the last one"
     )
+
+
+def _base(bound: Bound) -> str:
+    """What follows the share of a bound: nothing where it is of 32 bits, as most are."""
+    return "" if bound.base == FLOAT_BITS else f" of {bound.base} bits"
 
 
 def _plain(number: Decimal) -> str:
@@ -192,9 +196,9 @@ class ConstraintState:
     @property
     def amounts(self) -> tuple[str, str, str]:
         """Name, cost and bound as text: shares of the reference, or amounts with a unit."""
-        name, unit = self.constraint.name, self.constraint.model.unit
-        if self.constraint.bound.relative:
-            return name, f"{self.relative:.4%}", f"{self.constraint.bound.value:.4%}"
+        name, unit, bound = self.constraint.name, self.constraint.model.unit, self.constraint.bound
+        if bound.relative:
+            return name, f"{self.relative:.4%}", f"{bound.value:.4%}{_base(bound)}"
         return name, f"{self.value:.6g}", f"{self.limit:.6g} {unit}".rstrip()
 
     def __str__(self) -> str:

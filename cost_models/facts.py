@@ -23,7 +23,8 @@ FLOAT_BITS = 32
 CONVENTION = (
     "1 multiply-accumulate = 1 MAC, per sample, biases not counted as MACs; "
     "BOPs = MACs x weight bits x activation bits; relative = share of the same graph at 32 x 32 "
-    "bits; the network input counts at the bits of its own quantizer, the last layer like any other"
+    "bits, or at 8 x 8 where it says so; the network input counts at the bits of its own "
+    "quantizer, the last layer like any other"
 )
 """The counting convention, printed with every number: tools that differ cannot be compared."""
 

@@ -56,6 +56,16 @@ def test_the_table_of_a_small_net() -> None:
     assert CONVENTION in re.sub(r"\s+", " ", table)
 
 
+def test_what_a_bound_is_a_share_of_is_said() -> None:
+    """All at 4 bits: 20 MACs x 16 are a quarter of what they cost at 8 bits, 20 x 64."""
+    bound = BOPs() <= "60% of 8 bits"
+    result = finished(small_classifier(), torch.randn(2, 3), bound, Scheme(bit_widths=(4,)))
+    assert "bops 25.0000% <= 60.0000% of 8 bits\n" in str(result)
+    assert "32 x 32 bits, or at 8 x 8 where it says so" in re.sub(r"\s+", " ", str(result))
+    (state,) = result.report()["constraints"]
+    assert (state["base"], state["reference"], state["relative"]) == (8, 20 * 64, 0.25)
+
+
 def first_table(text: str) -> list[str]:
     return text.partition("└")[0].splitlines()
 
