@@ -187,5 +187,6 @@ def explain(
 
 def _amount(entry: ConstraintRange, value: float) -> str:
     if entry.constraint.bound.relative:
-        return f"{value / entry.limit * entry.constraint.bound.value:.3%}"
+        share = value / entry.limit * entry.constraint.bound.value if entry.limit else 0.0
+        return f"{share:.3%}"
     return f"{value:,.0f}" if value >= _EXACT else f"{value:,.5g}"

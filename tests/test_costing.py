@@ -61,6 +61,16 @@ def test_a_model_that_multiplies_nothing_still_stores() -> None:
     assert costs["weights"].totals[32] == 160
 
 
+def test_a_share_of_nothing_is_explained_as_none() -> None:
+    """A table multiplies nothing: half of its MACs are 0, as all of them are."""
+    net = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))
+    given = torch.zeros(2, 3, dtype=torch.long)
+    explained = cgmq_fx.explain(net, "bops <= 50%, macs[0] <= 50%", given)
+    (line,) = (line for line in str(explained).splitlines() if "macs[0] <= 50%" in line)
+    assert line.count(" 0.000% ") >= 2
+    assert "always" in line
+
+
 @pytest.mark.parametrize(
     ("costs", "message"),
     [("", "cannot read ''"), ("bops <= 1%", "cannot read"), ("wires", "no cost model named")],
