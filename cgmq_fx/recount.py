@@ -21,7 +21,6 @@ from cgmq_fx.cost_models import (
     GraphFacts,
     Ledger,
     NodeFacts,
-    Target,
     graph_bits,
     node_bits,
 )
@@ -71,7 +70,7 @@ class CostReport:
         for state in self.states:
             model = state.constraint.model
             if isinstance(model, TableModel):
-                lines += [line for n in self.nodes for line in _rounded_up(model.target, n, self)]
+                lines += [line for n in self.nodes for line in _rounded_up(model, n, self)]
         return tuple(dict.fromkeys(lines))
 
     @property
@@ -101,14 +100,13 @@ class CostReport:
         return ", ".join(map(str, self.states))
 
 
-def _rounded_up(target: Target, node: NodeFacts, report: CostReport) -> list[str]:
+def _rounded_up(model: TableModel, node: NodeFacts, report: CostReport) -> list[str]:
     lines = []
     for _, weight, activation in node_bits(node, report.assignment).pairs:
-        found = target.price(node, weight, activation, lambda r: r.cycles or r.picojoules)
-        if found is not None and (found[1].weight, found[1].activation) != (weight, activation):
-            wide = f"{found[1].weight}x{found[1].activation}"
-            name = node.module or node.name
-            lines.append(f"{target.name} runs {name} ({weight}x{activation} bits) as {wide}")
+        row = model.runs_as(node, weight, activation)
+        if row is not None and (row.weight, row.activation) != (weight, activation):
+            layer = f"{node.module or node.name} ({weight}x{activation} bits)"
+            lines.append(f"{model.target.name} runs {layer} as {row.weight}x{row.activation}")
     return lines
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
 from math import fsum
 from typing import ClassVar, final
 
@@ -42,14 +42,25 @@ class TableModel(CostModel):
             )
         return cls(target)
 
-    def _products(
-        self, node: NodeFacts, bits: NodeBits, price: Callable[[Row], float | None]
-    ) -> float:
+    @staticmethod
+    @abstractmethod
+    def per_mac(row: Row) -> float | None:
+        """Which figure of a row counts."""
+
+    def runs_as(self, node: NodeFacts, weight: int, activation: int) -> Row | None:
+        """The pair of widths that a product of two is billed as; None where nothing is left."""
+        found = self._price(node, weight, activation)
+        return None if found is None else found[1]
+
+    def _price(self, node: NodeFacts, weight: int, activation: int) -> tuple[float, Row] | None:
+        return self.target.price(node, weight, activation, self.per_mac, self.figure)
+
+    def _products(self, node: NodeFacts, bits: NodeBits) -> float:
         counts: dict[float, int] = {}
         for count, weight, activation in bits.pairs:
             key = (node.op, node.groups == 1, weight, activation)
             if key not in self._prices:
-                found = self.target.price(node, weight, activation, price, self.figure)
+                found = self._price(node, weight, activation)
                 self._prices[key] = 0.0 if found is None else found[0]
             counts[self._prices[key]] = counts.get(self._prices[key], 0) + count
         if len(counts) < 2:  # not a mean of equals: rounded, it could exceed that of wider pairs
@@ -78,12 +89,17 @@ class Latency(TableModel):
     figure = "cycles per MAC, which latency is made of,"
     unit = "second"
 
+    @staticmethod
+    def per_mac(row: Row) -> float | None:
+        """Cycles."""
+        return row.cycles
+
     def node_cost(self, node: NodeFacts, bits: NodeBits) -> float:
         """Seconds of one node, per sample."""
         target = self.target
         if target.clock is None:
             raise BudgetError(f"the target {target.name} has no clock, so latency is not known")
-        cycles = self._products(node, bits, lambda r: r.cycles) if node.macs else 0.0
+        cycles = self._products(node, bits) if node.macs else 0.0
         if target.bytes_per_cycle is not None:
             cycles += self._bytes(node, bits) / target.bytes_per_cycle
         return cycles / target.clock
@@ -98,9 +114,14 @@ class Energy(TableModel):
     figure = "picojoules per MAC, which energy is made of,"
     unit = "joule"
 
+    @staticmethod
+    def per_mac(row: Row) -> float | None:
+        """Picojoules."""
+        return row.picojoules
+
     def node_cost(self, node: NodeFacts, bits: NodeBits) -> float:
         """Joules of one node, per sample."""
-        picojoules = self._products(node, bits, lambda r: r.picojoules) if node.macs else 0.0
+        picojoules = self._products(node, bits) if node.macs else 0.0
         if self.target.picojoules_per_byte is not None:
             picojoules += self._bytes(node, bits) * self.target.picojoules_per_byte
         return picojoules * _PICO
