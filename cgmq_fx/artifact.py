@@ -33,6 +33,7 @@ from cgmq_fx.cost_models.errors import (
 )
 from cgmq_fx.cost_models.tables import TableModel
 from cgmq_fx.cost_models.target import parse_target, target_to_json
+from cgmq_fx.given import path_of
 from cgmq_fx.graph_json import graph_from_json, graph_to_json
 from cgmq_fx.history import EpochRecord, GateRecord, History, Phase, StepRecord
 from cgmq_fx.packed_weights import pack_weights, unpack_gates, unpack_weights
@@ -157,7 +158,7 @@ def load(
         CostModelError: If a cost model of its budget cannot be made from its name alone, or counts
             something else than when the file was written.
     """
-    header, tensors = _read(Path(path))
+    header, tensors = _read(path_of("load", path))
     version = header.get("format")
     if type(version) is not int or not 1 <= version <= FORMAT:
         raise ArtifactError(

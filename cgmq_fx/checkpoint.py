@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
 from cgmq_fx.cost_models.errors import CheckpointError, OptionError
+from cgmq_fx.given import path_of
 from cgmq_fx.identity import difference
 from cgmq_fx.packing import pack, unpack
 
@@ -39,7 +40,7 @@ class Checkpoint:
         minutes: Minutes between checkpoints; None for none by time.
 
     Raises:
-        OptionError: If an interval is not positive.
+        OptionError: If the folder is no path, or an interval is not positive.
     """
 
     folder: str | Path
@@ -47,10 +48,20 @@ class Checkpoint:
     minutes: float | None = _MINUTES
 
     def __post_init__(self) -> None:
+        path_of("checkpoint=", self.folder)
         for name, value in (("steps", self.steps), ("minutes", self.minutes)):
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (number and value > 0):
                 raise OptionError(f"the {name} between checkpoints must be positive, not {value!r}")
+
+
+def checkpoint_of(given: str | Path | Checkpoint | None) -> Checkpoint | None:
+    """What `checkpoint=` means.
+
+    Raises:
+        OptionError: If it is neither a path nor a `Checkpoint`.
+    """
+    return given if given is None or isinstance(given, Checkpoint) else Checkpoint(given)
 
 
 class OtherRunError(CheckpointError):

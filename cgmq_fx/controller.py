@@ -227,6 +227,8 @@ class Controller:
             )
 
     def _checked(self, bits: Mapping[str, npt.ArrayLike]) -> dict[str, BitArray]:
+        if not isinstance(bits, Mapping):
+            raise OptionError(f"bit-widths are given by the names of quantizers, not as {bits!r}")
         known = self.ledger.graph.quantizers
         found = {}
         for name, own in bits.items():

@@ -23,7 +23,7 @@ from cgmq_fx.cost_models import (
     cost_model,
     uniform_bits,
 )
-from cgmq_fx.cost_models.errors import BudgetError, UnsupportedModelError
+from cgmq_fx.cost_models.errors import BudgetError, OptionError, UnsupportedModelError
 from cgmq_fx.data import example_inputs_of
 from cgmq_fx.graphs import float_graph, quantized_graph
 from cgmq_fx.passes.annotate import annotate
@@ -169,11 +169,10 @@ def cost(
         The costs.
 
     Raises:
-        CgmqError: If the model cannot be captured, or a cost is not known.
+        CgmqError: If the model cannot be captured, or a cost is not known or asked for twice.
     """
     where = deployment(target)
-    names = costs.split(",") if isinstance(costs, str) else list(costs)
-    budget = Budget(tuple(_measured(name, where.chip) for name in names))
+    budget = _measured(_names(costs, example_inputs), where.chip)
     inputs = example_inputs_of(model, example_inputs, None, supervised=False)
     captured = float_graph(model, inputs)
     try:
@@ -183,7 +182,7 @@ def cost(
     ledgers = {bits: Ledger(facts, budget, uniform_bits(facts, bits)) for bits in UNIFORM}
     rows = tuple(
         CostRow(
-            f"{c.model.name}[{c.scope}]" if c.scope else c.model.name,
+            c.name,
             c.model.unit,
             {bits: ledger.totals[i] for bits, ledger in ledgers.items()},
             ledgers[FLOAT_BITS].node_costs(i),
@@ -198,9 +197,35 @@ def _amount(value: float) -> str:
     return f"{value:,.0f}" if value >= _WHOLE or value == 0 else f"{value:,.4g}"
 
 
-def _measured(text: str, chip: Target | None) -> Constraint:
-    """A constraint that is only measured."""
-    match = _NAME.fullmatch(text)
-    if match is None:
-        raise BudgetError(f"cannot read {text.strip()!r} as a cost; write a name such as 'bops'")
-    return Constraint(cost_model(match[1], chip), Bound(1.0, relative=True), match[2])
+def _names(costs: Any, inputs: Any) -> list[str]:
+    """The names of costs, one by one."""
+    if isinstance(inputs, str):
+        raise OptionError(
+            f"the inputs come before the costs: cost(model, inputs, {inputs!r}), or "
+            f"costs={inputs!r} for a model that knows its inputs"
+        )
+    if isinstance(costs, str):
+        return costs.split(",")
+    names = list(costs) if isinstance(costs, Iterable) else [costs]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise OptionError(
+            f"costs are names, such as 'bops, macs' or ['bops', 'macs'], not {costs!r}"
+        )
+    return names
+
+
+def _measured(names: Iterable[str], chip: Target | None) -> Budget:
+    """Constraints that are only measured."""
+    found: dict[str, Constraint] = {}
+    for text in names:
+        match = _NAME.fullmatch(text)
+        if match is None:
+            raise BudgetError(
+                f"cannot read {text.strip()!r} as a cost; write a name such as 'bops'"
+            )
+        model, scope = cost_model(match[1], chip), match[2]
+        constraint = Constraint(model, Bound(1.0, relative=True), scope)
+        if constraint.name in found:
+            raise OptionError(f"the cost {constraint.name!r} is asked for twice; name it once")
+        found[constraint.name] = constraint
+    return Budget(tuple(found.values()))

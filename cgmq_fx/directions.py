@@ -176,8 +176,11 @@ def direction_of(direction: str | Direction) -> Direction:
     """
     if isinstance(direction, Direction):
         return direction
-    if direction not in DIRECTIONS:
-        raise OptionError(f"there is no direction {direction!r}; known are {', '.join(DIRECTIONS)}")
+    if not isinstance(direction, str) or direction not in DIRECTIONS:
+        raise OptionError(
+            f"there is no direction {direction!r}; known are {', '.join(DIRECTIONS)}, and you can "
+            "give a Direction of your own"
+        )
     return DIRECTIONS[direction]()
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from cgmq_fx.callbacks import Callback
-from cgmq_fx.checkpoint import Checkpoint
+from cgmq_fx.checkpoint import Checkpoint, checkpoint_of
 from cgmq_fx.cost_models import BudgetLike, Ledger, highest_bits, parse_budget
 from cgmq_fx.cost_models.errors import (
     DataError,
@@ -28,6 +28,7 @@ from cgmq_fx.data import (
     first_batch,
 )
 from cgmq_fx.directions import Direction, direction_of
+from cgmq_fx.given import whole_number
 from cgmq_fx.graphs import float_graph
 from cgmq_fx.identity import model_identity, name_of
 from cgmq_fx.passes.copying import copy_graph
@@ -124,7 +125,9 @@ def quantize(
         CgmqError: With what is wrong and what to do: the budget cannot be read or cannot be met,
             the model cannot be captured, the data does not fit, or training diverged.
     """
-    _check_options(scheme, start, callbacks, seed, epochs, compile)
+    _check_options(start, callbacks, compile)
+    epochs, seed = whole_number("epochs", epochs, 0), whole_number("seed", seed, 0)
+    kept = checkpoint_of(checkpoint)
     where = deployment(target)
     chosen = where.scheme(scheme)
     parsed = parse_budget(budget, where.chip)
@@ -146,7 +149,7 @@ def quantize(
         search = search_steps(steps)
         way = direction_of(direction)
         backend = "inductor" if compile is True else compile or None
-        known = checkpoint is not None or process_count() > 1  # it takes time
+        known = kept is not None or process_count() > 1  # it takes time
         own = model_identity(captured.module, inputs, captured.dynamic, start) if known else {}
         identity = {
             **own,
@@ -171,29 +174,22 @@ def quantize(
             prepared.load_state_dict(shared(prepared.state_dict))
         listeners = [*callbacks, *([Progress()] if progress and is_first() else [])]
         run = Run(prepared, teacher, loss, metric, optimizer, steps, search, listeners, backend)
-        if checkpoint is not None:
+        if kept is not None:
             ledger = Ledger(prepared.facts, prepared.budget, highest_bits(prepared.facts))
             costs = {"costs with the most bits": list(ledger.totals)}  # a model's arguments matter
-            run.resume(checkpoint, identity | costs, (data, val_data))
+            run.resume(kept, identity | costs, (data, val_data))
         if val_data is not None:
             run.check_metric(example)
         result = run.train(data, val_data, epochs)
         return replace(result, warnings=(*result.warnings, *remarks))
 
 
-def _check_options(
-    scheme: Any, start: Any, callbacks: Any, seed: Any, epochs: Any, compile: Any
-) -> None:
+def _check_options(start: Any, callbacks: Any, compile: Any) -> None:
     """Raise an OptionError for what can only be a mistake, before anything is captured."""
-    if scheme is not None and not isinstance(scheme, Scheme):
-        raise OptionError(f"scheme= takes a Scheme, such as Scheme(weights='channel'): {scheme!r}")
     if start is not None and not isinstance(start, Result):
         raise OptionError(f"start= takes a Result, not a {type(start).__name__}")
     if not isinstance(callbacks, Sequence) or not all(isinstance(c, Callback) for c in callbacks):
         raise OptionError(f"callbacks= takes a list of Callback objects, not {callbacks!r}")
-    for name, value in (("epochs", epochs), ("seed", seed)):
-        if type(value) is not int or value < 0:
-            raise OptionError(f"{name} must be a whole number, 0 or more, not {value!r}")
     if isinstance(compile, str) and compile not in torch.compiler.list_backends([]):
         known = ", ".join(torch.compiler.list_backends())
         raise OptionError(f"compile= names no backend of torch.compile: {compile!r}; try {known}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cgmq_fx.callbacks import Callback
 from cgmq_fx.cost_models.errors import OptionError
+from cgmq_fx.given import path_of
 from cgmq_fx.history import EpochRecord, StepRecord
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class CSVLogger(Callback):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self._folder = Path(folder)
+        self._folder = path_of("CSVLogger", folder)
         self._files = ExitStack()
 
     def on_start(self, prepared: Prepared, steps: int) -> None:

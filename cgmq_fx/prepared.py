@@ -31,6 +31,7 @@ from cgmq_fx.cost_models.errors import CheckpointError, OptionError
 from cgmq_fx.data import Signature, calibration_batches, example_inputs_of
 from cgmq_fx.directions import Direction, direction_of
 from cgmq_fx.distortion import with_distortion
+from cgmq_fx.given import whole_number
 from cgmq_fx.graphs import float_graph, quantized_graph
 from cgmq_fx.history import GateRecord, Phase
 from cgmq_fx.identity import ADDED, check_start, own_shapes
@@ -178,6 +179,7 @@ class Prepared:
             DataError: If the data is empty or does not fit the model.
             OptionError: If training has begun.
         """
+        whole_number("batches", batches, 1)
         if self._controller.taken:
             raise OptionError("calibrate before the first step: ranges have been trained since")
         signature = Signature.like(self._inputs, self.parameter_names)
@@ -363,9 +365,9 @@ def prepare(
             what the target cannot execute.
     """
     where = deployment(target)
-    chosen = where.scheme(scheme)
+    chosen, steps = where.scheme(scheme), whole_number("search_steps", search_steps, 1)
     parsed = parse_budget(budget, where.chip)
     inputs = example_inputs_of(model, example_inputs, None, supervised=False)
     captured = float_graph(model, inputs)
     where.preset.check_ops(captured)
-    return Prepared(captured, parsed, chosen, direction_of(direction), search_steps)
+    return Prepared(captured, parsed, chosen, direction_of(direction), steps)

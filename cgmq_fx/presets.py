@@ -300,8 +300,12 @@ class Deployment:
         Bit-widths that the user names are taken as they are.
 
         Raises:
-            OptionError: If the scheme and the preset contradict each other.
+            OptionError: If it is no scheme, or the scheme and the preset contradict each other.
         """
+        if given is not None and not isinstance(given, Scheme):
+            raise OptionError(
+                f"scheme= takes a Scheme, such as Scheme(weights='channel'), not {given!r}"
+            )
         chosen = self.preset.apply(given)
         named = given or _DEFAULTS
         if self.chip is None or named.bit_widths != _DEFAULTS.bit_widths:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from cgmq_fx.cost_models import Budget
 from cgmq_fx.data import keep_constants
+from cgmq_fx.given import path_of
 from cgmq_fx.history import History
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.recount import CostReport
@@ -63,7 +64,7 @@ class Result:
         """
         from cgmq_fx.artifact import save
 
-        return save(self, Path(path))
+        return save(self, path_of("save", path))
 
     def export(
         self,
@@ -96,7 +97,7 @@ class Result:
         """
         from cgmq_fx.plots import save_plots
 
-        return save_plots(self, Path(folder))
+        return save_plots(self, path_of("plot", folder))
 
     def to_html(self, path: str | Path, certificates: Sequence[Certificate] = ()) -> Path:
         """Write everything about the result as one page that needs no network.
@@ -116,7 +117,7 @@ class Result:
         """
         from cgmq_fx.html import save_html
 
-        return save_html(self, Path(path), certificates)
+        return save_html(self, path_of("to_html", path), certificates)
 
     def to_dataframe(self) -> DataFrame:
         """A row per layer: bits, MACs, and every cost.

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from math import isfinite
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -100,7 +99,7 @@ class Run:
 
     def resume(
         self,
-        checkpoint: str | Path | Checkpoint,
+        checkpoint: Checkpoint,
         identity: dict[str, Any],
         sources: Sequence[Iterable[Any] | None],
     ) -> None:
@@ -109,9 +108,8 @@ class Run:
         Raises:
             CheckpointError: If what is there is another run, or damaged.
         """
-        options = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
         identity = {**identity, "optimizer": optimizer_identity(self.optimizer)}
-        self.store = CheckpointStore(options, identity)
+        self.store = CheckpointStore(checkpoint, identity)
         self.position.sources = sources
         state = shared(self.store.read)
         if state is None:
@@ -125,7 +123,7 @@ class Run:
             self.rescue.load_state_dict(state["best"])
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"the checkpoint in {options.folder} is damaged: {error}"
+                f"the checkpoint in {checkpoint.folder} is damaged: {error}"
             ) from error
 
     def check_metric(self, raw: Any) -> None:

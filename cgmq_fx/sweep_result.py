@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cgmq_fx.given import path_of
 from cgmq_fx.result import Result
 from cgmq_fx.terminal import columns, escape, text_of, titled
 
@@ -111,7 +112,7 @@ class Sweep:
         """
         from cgmq_fx.plots import save_sweep
 
-        return save_sweep(self, Path(path))
+        return save_sweep(self, path_of("plot", path))
 
     def __str__(self) -> str:
         return text_of([self._table()], columns())

@@ -40,6 +40,7 @@ from cgmq_fx.cost_models.errors import BoundError, CostModelError, OptionError
 from cgmq_fx.data import example_inputs_of
 from cgmq_fx.directions import Direction, direction_of
 from cgmq_fx.driver import DEFAULT_EPOCHS, quantize
+from cgmq_fx.given import path_of, whole_number
 from cgmq_fx.graphs import float_graph, quantized_graph
 from cgmq_fx.identity import digest_of, model_identity, name_of, own_shapes, pruned, start_identity
 from cgmq_fx.passes.capture import Captured
@@ -218,7 +219,7 @@ def sweep(
     identity = task.identity(captured)  # before quantizers are inserted
     ordered, graph = _ordered(task, captured, parsed)
     with tempfile.TemporaryDirectory() as temporary:
-        kept = Path(temporary if folder is None else folder)
+        kept = Path(temporary) if folder is None else path_of("folder=", folder)
         _claim(kept, identity)
         points = _Points(kept, libraries_of(graph.graph), own_shapes(graph))
         workers = min(_jobs(jobs, model), len(ordered))
@@ -380,9 +381,7 @@ def _stretches(budgets: Sequence[Budget], count: int) -> Iterator[Sequence[Budge
 def _jobs(asked: int | None, model: nn.Module | ExportedProgram) -> int:
     if asked is None:
         return max(1, len(_devices(model)))
-    if type(asked) is not int or asked < 1:
-        raise OptionError(f"jobs must be a whole number, 1 or more, not {asked!r}")
-    return asked
+    return whole_number("jobs", asked, 1)
 
 
 def _devices(model: nn.Module | ExportedProgram) -> list[torch.device]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from math import isfinite
+from math import inf, isfinite
+from numbers import Real
 from typing import TYPE_CHECKING, NoReturn
 
 from cgmq_fx.cost_models.errors import BudgetError
@@ -42,8 +43,9 @@ class Bound:
             raise BudgetError(f"a bound cannot refer to a cost of {self.reference:g}")
         if self.base not in (8, FLOAT_BITS):
             raise BudgetError(f"a bound is relative to 32 or 8 bits, not {self.base}")
-        if not isinstance(self.value, int | float):
+        if not isinstance(self.value, Real) or isinstance(self.value, bool):
             raise BudgetError(f"a bound is a number, not {self.value!r}; text is read by a budget")
+        object.__setattr__(self, "value", _as_float(self.value))
         if not isfinite(self.value) or self.value <= 0:
             raise BudgetError(
                 f"a bound must be a positive, finite number, not {self.value:g}; no model has a "
@@ -53,6 +55,13 @@ class Bound:
     def limit(self, reference: float) -> float:
         """The bound in the unit of the cost model, given the cost at `base` bits."""
         return self.value * reference if self.relative else self.value
+
+
+def _as_float(number: float) -> float:
+    try:
+        return float(number)
+    except OverflowError:  # of a whole number
+        return inf if number > 0 else -inf
 
 
 @dataclass(frozen=True, slots=True)

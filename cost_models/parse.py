@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from decimal import Context
 from functools import lru_cache
-from math import inf
+from numbers import Real
 from typing import TYPE_CHECKING, TypeAlias
 
 from cgmq_fx.cost_models.constraint import Bound, Budget, Constraint
@@ -75,12 +75,12 @@ def parse_bound(bound: BoundLike, model: CostModel) -> Bound:
     """
     if isinstance(bound, Bound):
         return bound
-    if isinstance(bound, bool) or not isinstance(bound, str | float | int):
+    if isinstance(bound, bool) or not isinstance(bound, str | Real):
         raise BudgetError(
             f"the bound of {model.name!r} must be a number or a string, not {bound!r}"
         )
     if not isinstance(bound, str):
-        return Bound(_number(bound))
+        return Bound(bound)
     short = len(bound) <= _MAX_LENGTH
     match = _QUANTITY.fullmatch(_SPACE.sub(" ", bound)) if short else None
     if match is None:
@@ -97,13 +97,6 @@ def parse_bound(bound: BoundLike, model: CostModel) -> Bound:
         return Bound(float(number))
     product = float(number) * factor
     return Bound(float(f"{product:.15g}"))  # 20 uJ is 2e-05 J, not 1.9999999999999998e-05
-
-
-def _number(bound: float) -> float:
-    try:
-        return float(bound)
-    except OverflowError:
-        return inf
 
 
 def _parse_string(text: str, target: Target | None) -> Budget:

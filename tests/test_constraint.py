@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields
+from fractions import Fraction
 from math import inf, nan
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,6 +54,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"value": nan}, "a positive, finite number, not nan"),
     ({"value": inf}, "a positive, finite number, not inf"),
     ({"value": "1%"}, "a bound is a number, not '1%'; text is read by a budget"),
+    ({"value": True}, "a bound is a number, not True"),
+    ({"value": 10**400}, "a positive, finite number, not inf"),
+    ({"value": -(10**400)}, "a positive, finite number, not -inf"),
     ({"value": 1, "base": 16}, "a bound is relative to 32 or 8 bits, not 16"),
     ({"value": 1, "base": 9}, "a bound is relative to 32 or 8 bits, not 9"),
     ({"value": 1, "reference": -1.0}, "a bound cannot refer to a cost of -1"),
@@ -71,6 +76,12 @@ def test_a_bound_by_default() -> None:
     assert Bound(3).limit(7.0) == 3
     assert Bound(3, relative=True, base=8, reference=0.0).limit(7.0) == 21
     assert Bound(3) == Bound(3, reference=5.0)  # the same bound of any model
+
+
+@pytest.mark.parametrize("number", [np.int64(5), np.float32(5), Fraction(5), 5])
+def test_numbers_of_any_kind_are_bounds(number: Any) -> None:
+    for bound in (Bound(number), (BOPs() <= number).bound):
+        assert (bound, type(bound.value)) == (Bound(5.0), float)
 
 
 # From the string form the same bound is read; without an exponent where that is readable.

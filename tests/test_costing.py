@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,24 @@ def test_a_share_of_nothing_is_explained_as_none() -> None:
 def test_costs_that_cannot_be_read(costs: str, message: str) -> None:
     with pytest.raises(cgmq_fx.CgmqError, match=message):
         cgmq_fx.cost(net(), X, costs)
+
+
+SWAPPED = r"inputs come before the costs: cost\(model, inputs, 'bops'\), or costs='bops'"
+MISTAKEN: list[tuple[tuple[Any, ...], str]] = [
+    (("bops", X), SWAPPED),
+    (("bops",), SWAPPED),
+    ((X, []), r"costs are names, such as 'bops, macs' .* not \[\]"),
+    ((X, ["bops", 3]), r"costs are names, .* not \['bops', 3\]"),
+    ((X, 3), "costs are names"),
+    ((X, "bops, macs,bops "), "the cost 'bops' is asked for twice"),
+    ((X, "bops[0], bops[0]"), r"the cost 'bops\[0\]' is asked for twice"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), MISTAKEN)
+def test_mistaken_arguments(given: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(cgmq_fx.OptionError, match=message):
+        cgmq_fx.cost(net(), *given)
 
 
 def test_the_command_prints_tables_and_json(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,7 +219,6 @@ MISTAKES |= {
             ("callbacks", [1], r"a list of Callback objects, not \[1\]"),
             ("callbacks", print, "a list of Callback objects"),
             ("start", 3, "takes a Result, not a int"),
-            ("scheme", "element", "takes a Scheme"),
             ("seed", "a", "seed must be a whole number"),
             ("epochs", True, "epochs must be a whole number"),
         ]

@@ -18,6 +18,7 @@ from benchmarks.accuracy.fixed import knapsack, random_assignment, sensitivities
 from benchmarks.accuracy.penalty import Penalised
 from benchmarks.lenet5 import accuracy
 from benchmarks.mnist import Batches
+from cgmq_fx.checkpoint import Checkpoint
 from cgmq_fx.cost_models import Assignment, ConstraintState, Ledger, parse_budget, uniform_bits
 from cgmq_fx.directions import DIRECTIONS, direction_of
 from cgmq_fx.graphs import float_graph
@@ -194,7 +195,7 @@ def _tuned(job: Job, prepared: Prepared, train: Batches, test: Data, folder: Pat
     driver = Run(
         prepared, None, cross_entropy, None, default_optimizer, steps, search_steps(steps), []
     )
-    driver.resume(folder, {"job": job.key}, (train, None))
+    driver.resume(Checkpoint(folder), {"job": job.key}, (train, None))
     return _outcome(driver.train(train, None, job.epochs), test)
 
 

@@ -21,6 +21,7 @@ from cgmq_fx.exporters.certificate import (
 from cgmq_fx.exporters.cost_graph import Manifest
 from cgmq_fx.exporters.exporter import Exporter, Source, find_exporter, in_float32
 from cgmq_fx.exporters.program import draws
+from cgmq_fx.given import path_of
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.result import Result
@@ -79,7 +80,7 @@ def export(
         What was written, and how well it agrees.
 
     Raises:
-        OptionError: If `result` is none.
+        OptionError: If `result` is none, or `path` is none.
         ExportError: If there is no such format, a package is missing, the format cannot express
             the graph, the file cannot be written, or the runtime computes something else.
         UnsupportedModelError: If the graph cannot be lowered to integers, whatever the format.
@@ -88,7 +89,7 @@ def export(
     """
     if not isinstance(result, Result):
         raise OptionError(f"export takes what quantize gave, not {type(result).__name__}")
-    path = Path(path)
+    path = path_of("export", path)
     exporter = find_exporter(path, format)
     exporter.check_installed()
     result = in_float32(result)

@@ -23,6 +23,7 @@ from cgmq_fx.exporters.agreement import Agreement
 from cgmq_fx.exporters.cost_graph import Layout, Manifest
 from cgmq_fx.exporters.exporter import Exporter, exporter_of
 from cgmq_fx.exporters.layer_names import layer_names
+from cgmq_fx.given import path_of
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.presets import TargetLike, deployment
@@ -186,8 +187,9 @@ def verify(
         BudgetError: If the budget cannot be read.
         TargetError: If the target cannot be.
         ExportError: If a package that reads the format is missing.
+        OptionError: If `path` is none.
     """
-    path = Path(path)
+    path = path_of("verify", path)
     try:
         content = path.read_bytes()
     except OSError as error:
