@@ -6,6 +6,7 @@ After a gate moves, only the nodes that read its quantizer are computed again.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import accumulate
@@ -29,6 +30,9 @@ from cgmq_fx.cost_models.constraint import Budget, Constraint, ConstraintState
 from cgmq_fx.cost_models.errors import BudgetError
 from cgmq_fx.cost_models.facts import GraphFacts
 from cgmq_fx.cost_models.lookup import Costs, Lookup
+
+_LISTED = 20
+"""How many layers a message lists."""
 
 
 def uniform_bits(graph: GraphFacts, bits: int) -> dict[str, BitArray]:
@@ -347,6 +351,15 @@ def inside_scope(graph: GraphFacts, constraint: Constraint) -> tuple[bool, ...]:
         any(fnmatchcase(name, scope) for name in (node.module, node.name)) for node in graph.nodes
     )
     if not any(inside):
-        known = ", ".join(dict.fromkeys(node.module or node.name for node in graph.nodes))
-        raise BudgetError(f"no layer matches {scope!r}; there are {known}")
+        raise BudgetError(f"no layer matches {scope!r}; {_layers(graph, scope)}")
     return inside
+
+
+def _layers(graph: GraphFacts, scope: str) -> str:
+    """Which layers there are, in words: what may have been meant, then the first ones."""
+    known = list(dict.fromkeys(node.module or node.name for node in graph.nodes))
+    within = [f"{scope}.*"] if any(name.startswith(f"{scope}.") for name in known) else []
+    close = within or get_close_matches(scope, known, 1)
+    hint = f"did you mean {close[0]!r}? There" if close else "there"
+    more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
+    return f"{hint} are {', '.join(known[:_LISTED])}{more}"

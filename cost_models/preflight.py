@@ -17,6 +17,7 @@ from cgmq_fx.cost_models.constraint import Budget, ConstraintState
 from cgmq_fx.cost_models.errors import CostModelError, InfeasibleBudgetError
 from cgmq_fx.cost_models.facts import CONVENTION, GraphFacts
 from cgmq_fx.cost_models.ledger import Ledger, highest_bits, inside_scope, lowest_bits
+from cgmq_fx.cost_models.model import CostModel
 
 _DOMINANT = 3
 _SHARE_PLACES, _SHARE_DIGITS, _DIGITS = 6, 4, 6
@@ -39,7 +40,9 @@ def check_cost_models(graph: GraphFacts, budget: Budget) -> None:
     """
     for others in (lowest_bits(graph), highest_bits(graph)):
         ledger = Ledger(graph, budget, others)
-        _check_values(ledger, ledger.references, "with everything at 32 bits")
+        for constraint, reference in zip(budget, ledger.references, strict=True):
+            base = constraint.bound.base
+            _check_value(constraint.model, reference, f"with everything at {base} bits")
         _check_values(ledger, ledger.totals, "with every gate at the same end of its bit-widths")
         for name in graph.quantizers:
             _check_quantizer(ledger, name)
@@ -152,11 +155,15 @@ def _others(assignment: Assignment, name: str) -> str:
 
 def _check_values(ledger: Ledger, totals: tuple[float, ...], where: str) -> None:
     for constraint, total in zip(ledger.budget, totals, strict=True):
-        if not isfinite(total) or total < 0:
-            raise CostModelError(
-                f"the cost model {constraint.model.name!r} gives {total} {where}; "
-                "a cost must be finite and not negative"
-            )
+        _check_value(constraint.model, total, where)
+
+
+def _check_value(model: CostModel, total: float, where: str) -> None:
+    if not isfinite(total) or total < 0:
+        raise CostModelError(
+            f"the cost model {model.name!r} gives {total} {where}; "
+            "a cost must be finite and not negative"
+        )
 
 
 def dominating(ledger: Ledger, index: int, most: int = _DOMINANT) -> str:

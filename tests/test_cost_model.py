@@ -156,6 +156,12 @@ def test_a_model_that_breaks_the_contract_is_refused(model: CostModel, message: 
         check_cost_models(ONE_LAYER, Budget((model <= 10.0,)))
 
 
+def test_the_bits_of_a_reference_are_those_of_its_bound() -> None:
+    model = Table({**FINE, 8: nan})
+    with pytest.raises(CostModelError, match="gives nan with everything at 8 bits"):
+        check_cost_models(ONE_LAYER, parse_budget(model <= "50% of 8 bits"))
+
+
 def test_a_fall_that_only_other_bits_show_is_found() -> None:
     class Crossed(Wires):
         def node_cost(self, node: NodeFacts, bits: NodeBits) -> float:
@@ -264,6 +270,12 @@ def test_three_layers_that_dominate_are_named() -> None:
     assert dominating(low, 0, most=1) == "fc0 (40%)"
     # weights of 40, 30, 20 and 10 bytes, biases of 160, 120, 80 and 40
     assert dominating(low, 1, most=9) == "fc0 (40%), fc1 (30%), fc2 (20%), fc3 (10%)"
+
+
+def test_only_the_first_layers_are_listed() -> None:
+    facts = graph(*(linear(f"fc{i}", "w", "x") for i in range(23)))
+    with pytest.raises(BudgetError, match=r"fc0, .* fc19 and 3 more$"):
+        Ledger(facts, parse_budget("bops[x] <= 1%"), lowest_bits(facts))
 
 
 def test_what_costs_nothing_is_dominated_by_nothing() -> None:

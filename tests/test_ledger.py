@@ -249,8 +249,9 @@ def test_bounds_on_a_part_of_the_model(cost: str, total: float) -> None:
 
 
 REFUSED_SCOPES = [
-    ("bops[block]", r"no layer matches 'block'; there are block.fc1, block.fc2$"),
-    ("bops[N1]", "no layer matches 'N1'"),
+    ("bops[block]", r"no layer matches 'block'; did you mean 'block\.\*'\? There are block.fc"),
+    ("bops[block.fc11]", r"did you mean 'block\.fc1'\? There are block.fc1, block.fc2$"),
+    ("bops[N1]", "no layer matches 'N1'; there are block.fc1, block.fc2$"),
     ("activations[block.*]", "'activations' is no sum over nodes, .* bounded for 'block.*' alone"),
 ]
 
