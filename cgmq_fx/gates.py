@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -110,20 +110,9 @@ class GateLayout:
         """The bits of quantizer number `index` at `levels` (one entry per gate)."""
         return self.widths[index].numpy()[levels]
 
-    def assignment(
-        self, levels: Levels, indices: Iterable[int] | None = None
-    ) -> dict[str, BitArray]:
-        """The bits of the quantizers at `levels` (one entry per gate, all quantizers).
-
-        Args:
-            levels: The levels of all gates.
-            indices: The quantizers that are asked for, all by default.
-        """
-        chosen = range(len(self.quantizers)) if indices is None else indices
-        return {
-            self.quantizers[i].name: self.bits_of(i, levels[self.starts[i] : self.starts[i + 1]])
-            for i in chosen
-        }
+    def assignment(self, levels: Levels) -> dict[str, BitArray]:
+        """The bits of the quantizers at `levels` (one entry per gate, all quantizers)."""
+        return {q.name: self.bits_of(i, levels[part]) for i, q, part in self}
 
     def widths_at(self, levels: Tensor) -> Tensor:
         """The bit-width of each gate at `levels`."""

@@ -28,8 +28,6 @@ BitArray: TypeAlias = npt.NDArray[np.int64]
 Assignment: TypeAlias = Mapping[str, BitArray]
 """The bits of every quantizer: name -> flat array with one entry per gate."""
 
-Flags: TypeAlias = npt.NDArray[np.bool_]
-
 _RADIX = 64
 _FEW = 128
 """Up to so many gates, Python's sum is faster than numpy's."""

@@ -166,11 +166,11 @@ def _check_value(model: CostModel, total: float, where: str) -> None:
         )
 
 
-def dominating(ledger: Ledger, index: int, most: int = _DOMINANT) -> str:
+def dominating(ledger: Ledger, index: int) -> str:
     """What a constraint's cost is mostly made of, as text: "conv1 (75%), fc (12%)"."""
     parts = _parts(ledger, index)
     total = sum(parts.values()) or 1.0
-    return ", ".join(f"{name} ({parts[name] / total:.0%})" for name in _largest(parts, most))
+    return ", ".join(f"{name} ({parts[name] / total:.0%})" for name in _largest(parts))
 
 
 def _parts(ledger: Ledger, index: int) -> dict[str, float]:
@@ -182,8 +182,8 @@ def _parts(ledger: Ledger, index: int) -> dict[str, float]:
     return parts_of_graph(constraint.model, graph, bits)
 
 
-def _largest(parts: Mapping[str, float], most: int = _DOMINANT) -> list[str]:
-    return sorted(parts, key=lambda name: -parts[name])[:most]
+def _largest(parts: Mapping[str, float]) -> list[str]:
+    return sorted(parts, key=lambda name: -parts[name])[:_DOMINANT]
 
 
 def _without_gates(graph: GraphFacts, parts: Mapping[str, float]) -> list[str]:

@@ -20,7 +20,7 @@ from cgmq_fx.cost_models.facts import (
 )
 from cgmq_fx.passes.bias import BIASES
 from cgmq_fx.passes.channels import removable_channels
-from cgmq_fx.passes.infra import Pass, PassResult, module_path, place
+from cgmq_fx.passes.infra import module_path, place
 from cgmq_fx.passes.insert import QUANTIZERS, operands
 from cgmq_fx.passes.liveness import liveness
 from cgmq_fx.passes.meeting import meeting
@@ -39,9 +39,6 @@ from cgmq_fx.passes.state import (
     value_of,
 )
 from cgmq_fx.passes.tracing import assumptions
-
-FACTS = "cgmq_facts"
-"""The `node.meta` key of what a node costs; its value is a `NodeFacts`."""
 
 _OWN = (QUANTIZERS, BIASES)
 
@@ -231,7 +228,7 @@ def _quantizer_facts(module: GraphModule, samples: _Samples) -> Iterator[Quantiz
 
 
 def annotate(module: GraphModule, batch: int) -> GraphFacts:
-    """Write `meta["cgmq_facts"]` of every node that costs something, and collect the facts.
+    """The facts of a graph: of every node that costs something, its quantizers and its tensors.
 
     Args:
         module: A graph with shapes; quantizers may be in it or not.
@@ -243,20 +240,16 @@ def annotate(module: GraphModule, batch: int) -> GraphFacts:
     """
     samples = _Samples.of(module.graph, batch)
     stored, (makers, readers) = _stored(module), _prunings(module)
-    stored.update({n: _shortened(stored[n], own) for n, own in makers.items() if n in stored})
+    stored.update({n: _shortened(stored[n], p) for n, p in makers.items() if n in stored})
     nodes, unknown, opaque = [], [], []
     for node in module.graph.nodes:
-        node.meta.pop(FACTS, None)
+        own = stored.get(node, [])
         kept = opaque_call(module, node)
         if kept is not None:
-            node.meta[FACTS] = _opaque_facts(node, kept, stored.get(node, []), batch)
+            nodes.append(_opaque_facts(node, kept, own, batch))
             opaque.append(f"{kept.path} ({type(kept.inner).__name__})")
         elif compute_op(node) is not None or node in stored:
-            node.meta[FACTS] = _facts(
-                module, node, stored.get(node, []), samples, readers.get(node)
-            )
-        if FACTS in node.meta:
-            nodes.append(node.meta[FACTS])
+            nodes.append(_facts(module, node, own, samples, readers.get(node)))
         if not is_known(node):
             unknown.append(f"{node.name} ({node.target}{', ' if place(node) else ''}{place(node)})")
     quantizers = {q.name: q for q in _quantizer_facts(module, samples)}
@@ -270,19 +263,3 @@ def annotate(module: GraphModule, batch: int) -> GraphFacts:
         tuple(dict.fromkeys(opaque)),
         assumptions(module),
     )
-
-
-@dataclass(frozen=True)
-class Annotate(Pass):
-    """Annotate costs: the pass form of `annotate`.
-
-    Before: a graph with shapes. After: `meta["cgmq_facts"]` of every node that multiplies or stores
-    something is its `NodeFacts`; nothing else is changed.
-    """
-
-    batch: int
-
-    def run(self, module: GraphModule) -> PassResult:
-        """Write the facts."""
-        annotate(module, self.batch)
-        return PassResult(module, modified=False)
