@@ -36,8 +36,15 @@ def check_cost_models(graph: GraphFacts, budget: Budget) -> None:
     with all others at their highest.
 
     Raises:
-        CostModelError: With the two assignments that prove the violation.
+        CostModelError: With the two assignments that prove the violation; or if a model has a
+            `graph_cost` that nothing calls.
     """
+    for model in (constraint.model for constraint in budget):
+        if model.additive and type(model).graph_cost is not CostModel.graph_cost:
+            raise CostModelError(
+                f"the cost model {model.name!r} defines `graph_cost`, which only counts with "
+                "`additive = False` in the class; else the cost is the sum of `node_cost`"
+            )
     for others in (lowest_bits(graph), highest_bits(graph)):
         ledger = Ledger(graph, budget, others)
         for constraint, reference in zip(budget, ledger.references, strict=True):
@@ -138,7 +145,7 @@ def _check_repeatable(first: Ledger, second: Ledger) -> None:
     for constraint, before, after in rows:
         if before != after:
             raise CostModelError(
-                f"the cost model {constraint.model.name!r} gives {before:g} and then {after:g} for "
+                f"the cost model {constraint.model.name!r} gives {before!r} and then {after!r} for "
                 "the same bits; a cost must not depend on hidden state"
             )
 

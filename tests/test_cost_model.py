@@ -134,6 +134,13 @@ class Best(Table):
         return 100.0 - float(max(b.activation for b in bits))
 
 
+class Unread(Table):
+    """Forgets to say that its total is no sum."""
+
+    def graph_cost(self, graph: Any, bits: Any) -> float:
+        return 1.0
+
+
 ONE_LAYER = graph(linear("fc", "w", "x"), widths=(2, 4, 8))
 FINE = {2: 0.0, 4: 1.0, 8: 1.0, 32: 4.0}
 CONTRACT: list[tuple[CostModel, str]] = [
@@ -146,6 +153,7 @@ CONTRACT: list[tuple[CostModel, str]] = [
     (Table({**FINE, 4: nan}), "gives nan with w at 4 bits; a cost must be finite"),
     (Table({**FINE, 4: inf}), "gives inf with w at 4 bits"),
     (Table({**FINE, 32: nan}), "gives nan with everything at 32 bits"),
+    (Unread(FINE), "'table' defines `graph_cost`, which only counts with `additive = False`"),
     (Best(FINE), "falls from 98 to 96 joule when x goes from 2 to 4 bits .*w: 2 bits"),
 ]
 
@@ -325,7 +333,7 @@ def test_only_three_other_quantizers_are_named() -> None:
             check_cost_models(facts, Budget((Falling() <= 1e9,)))
 
 
-@pytest.mark.parametrize(("step", "message"), [(1, "gives 1 and then 4"), (-1, "gives 99 and")])
+@pytest.mark.parametrize(("step", "message"), [(1, "gives 1.0 and then 4.0"), (-1, "gives 99.0 and")])
 def test_the_same_bits_cost_the_same_again(step: int, message: str) -> None:
     class Seen(Wires):
         """Another cost every time that all have 2 bits; all else costs the same."""
