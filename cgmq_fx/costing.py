@@ -126,12 +126,12 @@ class Costs:
             table.add_column(escape(f"{row.name} [{row.unit}]"), justify="right", no_wrap=True)
         for i, node in enumerate(self.nodes):
             shown = {
-                "op": node.op.removeprefix("aten.").removesuffix(".default"),
-                "output": "x".join(map(str, node.output_shape[1:] or node.output_shape)),
+                "op": node.op_text,
+                "output": node.output_text,
             }
             costs = [_amount(row.nodes[i]) for row in sums]
             texts = [shown[detail] for detail in details]
-            table.add_row(escape(node.module or node.name), *map(escape, texts), *costs)
+            table.add_row(escape(node.title), *map(escape, texts), *costs)
         return table
 
     def _totals(self) -> Table:

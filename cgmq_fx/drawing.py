@@ -195,7 +195,7 @@ def _drawn(
     weight, activation = (mean_bits(result, operand) for operand in facts.operands)
     layer = facts.module or name
     about: dict[str, Any] = {
-        layer: facts.op.removeprefix("aten.").removesuffix(".default"),
+        layer: facts.op_text,
         "weight bits": f"{weight:.3g}",
         "activation bits": f"{activation:.3g}",
         "MACs": f"{facts.macs:,}",

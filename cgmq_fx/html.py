@@ -90,9 +90,9 @@ def _rows(result: Result, ranges: dict[str, tuple[float, float]]) -> list[_Row]:
         weight, activation = found
         rows.append(
             _Row(
-                node.module or node.name,
-                node.op.removeprefix("aten.").removesuffix(".default"),
-                "x".join(map(str, node.output_shape[1:] or node.output_shape)),
+                node.title,
+                node.op_text,
+                node.output_text,
                 mean_bits(result, weight),
                 ranges.get(weight.quantizer or ""),
                 None if activation is None else mean_bits(result, activation),

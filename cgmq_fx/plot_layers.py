@@ -139,7 +139,7 @@ def _bits(axis: Axes, result: Result, nodes: list[NodeFacts], named: bool) -> No
         bits = [mean_bits(result, n.operands[index]) for n in nodes]
         bars = axis.barh(np.arange(len(nodes)) + offset, bits, 0.38, color=color, label=label)
         axis.bar_label(bars, [f"{b:.3g}" for b in bits], padding=2, fontsize=7)
-    axis.set_yticks(range(len(nodes)), [n.module or n.name for n in nodes])
+    axis.set_yticks(range(len(nodes)), [n.title for n in nodes])
     axis.set_xlabel("bits (mean over gates)")
     axis.margins(x=0.12)
     if named:

@@ -105,7 +105,7 @@ def _rounded_up(model: TableModel, node: NodeFacts, report: CostReport) -> list[
     for _, weight, activation in node_bits(node, report.assignment).pairs:
         row = model.runs_as(node, weight, activation)
         if row is not None and (row.weight, row.activation) != (weight, activation):
-            layer = f"{node.module or node.name} ({weight}x{activation} bits)"
+            layer = f"{node.title} ({weight}x{activation} bits)"
             lines.append(f"{model.target.name} runs {layer} as {row.weight}x{row.activation}")
     return lines
 

@@ -161,9 +161,9 @@ def _footer(result: Result) -> list[str]:
 
 def _row(result: Result, node: NodeFacts, weight: Operand, activation: Operand | None) -> list[str]:
     return [
-        node.module or node.name,
-        node.op.removeprefix("aten.").removesuffix(".default"),
-        "x".join(map(str, node.output_shape[1:] or node.output_shape)),
+        node.title,
+        node.op_text,
+        node.output_text,
         _bits_text(result, weight),
         _range_text(result, weight),
         _bits_text(result, activation),

@@ -23,7 +23,7 @@ def cost_of_node(model: CostModel, node: NodeFacts, bits: NodeBits) -> float:
         raise
     except Exception as error:
         raise CostModelError(
-            f"the cost model {model.name!r} fails for {node.module or node.name} ({node.op}): "
+            f"the cost model {model.name!r} fails for {node.title} ({node.op}): "
             f"{type(error).__name__}: {error}; `node_cost` must give a number for every node, also "
             "where nothing is multiplied and `node.operands` is empty"
         ) from error

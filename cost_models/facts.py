@@ -119,6 +119,21 @@ class NodeFacts:
     module: str = ""
 
     @property
+    def title(self) -> str:
+        """The user's module, or the node where it came from none."""
+        return self.module or self.name
+
+    @property
+    def op_text(self) -> str:
+        """The op without what is the same for most, for example `conv2d`."""
+        return self.op.removeprefix("aten.").removesuffix(".default")
+
+    @property
+    def output_text(self) -> str:
+        """The shape of the output without the batch, for example `8x26x26`."""
+        return "x".join(map(str, self.output_shape[1:] or self.output_shape))
+
+    @property
     def quantizers(self) -> Iterator[str]:
         """Names of the quantizers that this node's cost can depend on."""
         names = [o.quantizer for o in self.operands] + [s.quantizer for s in self.stored]

@@ -357,7 +357,7 @@ def inside_scope(graph: GraphFacts, constraint: Constraint) -> tuple[bool, ...]:
 
 def _layers(graph: GraphFacts, scope: str) -> str:
     """Which layers there are, in words: what may have been meant, then the first ones."""
-    known = list(dict.fromkeys(node.module or node.name for node in graph.nodes))
+    known = list(dict.fromkeys(node.title for node in graph.nodes))
     within = [f"{scope}.*"] if any(name.startswith(f"{scope}.") for name in known) else []
     close = within or get_close_matches(scope, known, 1)
     hint = f"did you mean {close[0]!r}? There" if close else "there"

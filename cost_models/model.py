@@ -77,7 +77,7 @@ class CostModel(ABC):
         """
         parts: dict[str, float] = {}
         for node, b in zip(graph.nodes, bits.nodes, strict=True):
-            name = node.module or node.name
+            name = node.title
             parts[name] = parts.get(name, 0.0) + self.node_cost(node, b)
         return parts
 

@@ -197,7 +197,7 @@ def _without_gates(graph: GraphFacts, parts: Mapping[str, float]) -> list[str]:
     """Parts of a cost that no gate can lower: layers and tensors without a quantizer."""
     gates: dict[str, bool] = {}
     for node in graph.nodes:
-        name = node.module or node.name
+        name = node.title
         gates[name] = gates.get(name, False) or any(node.quantizers)
     gates |= {t.name: t.quantizer is not None for t in graph.tensors if t.name not in gates}
     return [name for name, cost in parts.items() if cost > 0 and not gates.get(name, True)]

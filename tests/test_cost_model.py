@@ -333,7 +333,9 @@ def test_only_three_other_quantizers_are_named() -> None:
             check_cost_models(facts, Budget((Falling() <= 1e9,)))
 
 
-@pytest.mark.parametrize(("step", "message"), [(1, "gives 1.0 and then 4.0"), (-1, "gives 99.0 and")])
+@pytest.mark.parametrize(
+    ("step", "message"), [(1, "gives 1.0 and then 4.0"), (-1, "gives 99.0 and")]
+)
 def test_the_same_bits_cost_the_same_again(step: int, message: str) -> None:
     class Seen(Wires):
         """Another cost every time that all have 2 bits; all else costs the same."""
