@@ -15,12 +15,11 @@ from torch.export import ExportedProgram
 
 from cgmq_fx.callbacks import Callback
 from cgmq_fx.checkpoint import Checkpoint, checkpoint_of
-from cgmq_fx.cost_models import BudgetLike, Ledger, highest_bits, parse_budget
+from cgmq_fx.cost_models import Budget, BudgetLike, Ledger, highest_bits, parse_budget
 from cgmq_fx.cost_models.errors import (
     DataError,
     OptionError,
 )
-from cgmq_fx.cost_models.target import target_to_json
 from cgmq_fx.data import (
     SyntheticBatches,
     batch_count,
@@ -30,12 +29,13 @@ from cgmq_fx.data import (
 from cgmq_fx.directions import Direction, direction_of
 from cgmq_fx.given import whole_number
 from cgmq_fx.graphs import float_graph
-from cgmq_fx.identity import model_identity, name_of
+from cgmq_fx.identity import run_identity
+from cgmq_fx.passes.capture import Captured
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.processes import process_count
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.prepared import Prepared
-from cgmq_fx.presets import TargetLike, deployment
+from cgmq_fx.presets import Deployment, TargetLike, deployment
 from cgmq_fx.progress import Progress
 from cgmq_fx.result import Result
 from cgmq_fx.run import Run
@@ -131,53 +131,36 @@ def quantize(
     where = deployment(target)
     chosen = where.scheme(scheme)
     parsed = parse_budget(budget, where.chip)
-    remarks = where.preset.remarks(parsed)
-    for text in remarks:
-        _LOG.warning(text)
+    remarks = _remarks(where, parsed)
     _check_callable(loss=loss, metric=metric, optimizer=optimizer)
     if train_data is None and loss is not None:
         raise DataError("a loss was given, but no train_data; pass it, or leave out loss=")
     with TURN, _seeded(seed), torch.inference_mode(False), torch.enable_grad():
-        inputs = example_inputs_of(model, example_inputs, train_data, loss is not None)
-        captured = float_graph(model, inputs)
-        where.preset.check_ops(captured)
+        captured = _captured(model, example_inputs, train_data, loss is not None, where)
         teacher = copy_graph(captured.module).eval() if loss is None else None
-        data = SyntheticBatches(captured.inputs, seed) if train_data is None else train_data
-        first_batch(data, "train_data")
+        data = _data(train_data, captured, seed)
         example = None if val_data is None else first_batch(val_data, "val_data")
-        steps = epochs * batch_count(data)
+        batches = batch_count(data)
+        steps = epochs * batches
         search = search_steps(steps)
         way = direction_of(direction)
         backend = "inductor" if compile is True else compile or None
-        known = kept is not None or process_count() > 1  # it takes time
-        own = model_identity(captured.module, inputs, captured.dynamic, start) if known else {}
-        identity = {
-            **own,
-            "budget": str(parsed),
-            "target": {} if where.chip is None else target_to_json(where.chip),
-            "scheme": repr(chosen),
-            "direction": name_of(type(way)),
-            "loss": name_of(loss),
-            "metric": name_of(metric),
-            "val_data": None if val_data is None else "given",  # it tells which epoch was best
-            "epochs": epochs,
-            "steps": steps,
-            "seed": seed,
-            "compile": backend,
-        }
+        identity: dict[str, Any] = {"budget": str(parsed)}
+        if kept is not None or process_count() > 1:  # it takes time
+            identity |= run_identity(
+                *(captured, where, chosen, way, start, loss, metric),
+                judged=val_data is not None,
+                epochs=epochs,
+                batches=batches,
+                seed=seed,
+                backend=backend,
+            )
         agreed(identity)
-        prepared = Prepared(captured, parsed, chosen, way, search)
-        if start is not None:
-            prepared.start_from(start)
-        prepared.calibrate(data)
-        if process_count() > 1:  # each has calibrated on its own part of the data
-            prepared.load_state_dict(shared(prepared.state_dict))
+        prepared = _started(Prepared(captured, parsed, chosen, way, search), start, data)
         listeners = [*callbacks, *([Progress()] if progress and is_first() else [])]
         run = Run(prepared, teacher, loss, metric, optimizer, steps, search, listeners, backend)
         if kept is not None:
-            ledger = Ledger(prepared.facts, prepared.budget, highest_bits(prepared.facts))
-            costs = {"costs with the most bits": list(ledger.totals)}  # a model's arguments matter
-            run.resume(kept, identity | costs, (data, val_data))
+            run.resume(kept, identity | _costs(prepared), (data, val_data))
         if val_data is not None:
             run.check_metric(example)
         result = run.train(data, val_data, epochs)
@@ -207,6 +190,50 @@ def _check_callable(**options: Any) -> None:
     for name, given in options.items():
         if given is not None and not callable(given):
             raise OptionError(f"{name}= takes a function, {_CALLS[name]}; not {given!r}")
+
+
+def _remarks(where: Deployment, budget: Budget) -> tuple[str, ...]:
+    """What a budget does not say about where it is to hold, which is logged as well."""
+    found = where.preset.remarks(budget)
+    for text in found:
+        _LOG.warning(text)
+    return found
+
+
+def _captured(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any,
+    train_data: Iterable[Any] | None,
+    supervised: bool,
+    where: Deployment,
+) -> Captured:
+    """The float graph of a model, all of whose ops can be executed where it is to run."""
+    found = float_graph(model, example_inputs_of(model, example_inputs, train_data, supervised))
+    where.preset.check_ops(found)
+    return found
+
+
+def _data(given: Iterable[Any] | None, captured: Captured, seed: int) -> Iterable[Any]:
+    """The training data, or random inputs; there is a batch in it."""
+    data = SyntheticBatches(captured.inputs, seed) if given is None else given
+    first_batch(data, "train_data")
+    return data
+
+
+def _started(prepared: Prepared, start: Result | None, data: Iterable[Any]) -> Prepared:
+    """Take over a result, if there is one, and calibrate, in all processes the same."""
+    if start is not None:
+        prepared.start_from(start)
+    prepared.calibrate(data)
+    if process_count() > 1:  # each has calibrated on its own part of the data
+        prepared.load_state_dict(shared(prepared.state_dict))
+    return prepared
+
+
+def _costs(prepared: Prepared) -> dict[str, Any]:
+    """What a budget does not tell about a run: the arguments of its cost models matter."""
+    ledger = Ledger(prepared.facts, prepared.budget, highest_bits(prepared.facts))
+    return {"costs with the most bits": list(ledger.totals)}
 
 
 @contextmanager

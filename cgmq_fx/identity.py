@@ -5,48 +5,86 @@ And what a result must have in common with a model that starts from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from hashlib import sha256
-from types import CodeType, FunctionType
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 from torch.optim import Optimizer
 
 from cgmq_fx.cost_models.errors import OptionError
+from cgmq_fx.cost_models.target import target_to_json
+from cgmq_fx.directions import Direction
+from cgmq_fx.fingerprint import name_of, short, tensor_digest
 from cgmq_fx.passes.bias import BIASES
-from cgmq_fx.passes.capture import ExampleInputs, device_of
+from cgmq_fx.passes.capture import Captured, device_of
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.norms import NORMS
+from cgmq_fx.passes.scheme import Scheme
+from cgmq_fx.presets import Deployment
 from cgmq_fx.requirements import own_version
 from cgmq_fx.result import Result
+from cgmq_fx.training import Loss, Metric
 
 ADDED = (f"{QUANTIZERS}.", f"{BIASES}.", f"{NORMS}.")
 """How names of state begin that is not the model's own."""
 
-_DIGITS = 16
 
-
-def model_identity(
-    module: GraphModule, inputs: ExampleInputs, dynamic: bool, start: Result | None
+def run_identity(
+    captured: Captured,
+    where: Deployment,
+    scheme: Scheme,
+    direction: Direction,
+    start: Result | None,
+    loss: Loss | None,
+    metric: Metric | None,
+    *,
+    judged: bool,
+    epochs: int,
+    batches: int,
+    seed: int,
+    backend: str | None = None,
 ) -> dict[str, Any]:
-    """What a run starts from: versions, the model, and the result that it continues.
+    """What a run is, apart from its budget and its optimizer, by name.
+
+    A sweep has many budgets, and an optimizer is known once there are parameters to give it.
 
     Args:
-        module: The float graph, before quantizers are inserted.
-        inputs: Its example inputs.
-        dynamic: Whether it takes batches of any size, which then is no part of what it is.
+        captured: The float graph, before quantizers are inserted. Whether it takes batches of any
+            size is no part of what it is, nor are the sizes then.
+        where: Where the result is to run.
+        scheme: What is trained, as `where` has it.
+        direction: Which way gates move.
         start: A result to start from, if there is one.
+        loss: The loss.
+        metric: The metric.
+        judged: Whether there is validation data, which tells which epoch was best.
+        epochs: Epochs.
+        batches: Batches per epoch.
+        seed: The seed.
+        backend: What compiles the model, if anything does.
     """
+    module, inputs = captured.module, captured.inputs
     return {
         "versions": {"cgmq_fx": own_version(), "torch": torch.__version__},
         "device": device_of(module).type,
-        "inputs": [f"{tuple(t.shape[dynamic:])} {t.dtype}" for t in inputs.tensors],
-        "graph": _short(module.code.encode()),
+        "inputs": [f"{tuple(t.shape[captured.dynamic :])} {t.dtype}" for t in inputs.tensors],
+        "graph": short(module.code),
         "model": _digests(module),
         "start": start_identity(start),
+        "target": {
+            "preset": where.preset.name,
+            "chip": None if where.chip is None else target_to_json(where.chip),
+        },
+        "scheme": repr(scheme),
+        "direction": name_of(direction),
+        "loss": name_of(loss),
+        "metric": name_of(metric),
+        "val_data": "given" if judged else None,
+        "epochs": epochs,
+        "batches": batches,
+        "seed": seed,
+        "compile": backend,
     }
 
 
@@ -99,27 +137,6 @@ def check_start(result: Result, shapes: Mapping[str, tuple[int, ...]]) -> None:
             )
 
 
-def name_of(function: Callable[..., Any] | None) -> str | None:
-    """A function, or the class of an object, by module and name; by its code if it has no name."""
-    if function is None:
-        return None
-    named: Any = function if isinstance(function, FunctionType | type) else type(function)
-    name = f"{named.__module__}.{named.__qualname__}"
-    return f"{name} {_code(named.__code__)}" if named.__name__ == "<lambda>" else name
-
-
-def _code(code: CodeType) -> str:
-    """A short digest of what code does: its instructions, names and constants."""
-    constants = [_constant(c) for c in code.co_consts]
-    return _short(repr([code.co_code, code.co_names, constants]).encode())
-
-
-def _constant(value: Any) -> str:
-    if isinstance(value, CodeType):
-        return _code(value)
-    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
-
-
 def optimizer_identity(optimizer: Optimizer) -> dict[str, Any]:
     """The class of an optimizer and the options of its groups, by name."""
     options = {
@@ -133,7 +150,7 @@ def optimizer_identity(optimizer: Optimizer) -> dict[str, Any]:
 
 def digest_of(identity: dict[str, Any]) -> str:
     """A short digest of an identity or of parts of one."""
-    return _short(repr(sorted(identity.items())).encode())
+    return short(repr(sorted(identity.items())))
 
 
 def difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str | None:
@@ -155,13 +172,4 @@ def _shown(value: Any) -> str:
 
 
 def _digests(module: GraphModule) -> dict[str, str]:
-    return {name: _digest(tensor) for name, tensor in module.state_dict().items()}
-
-
-def _digest(tensor: Tensor) -> str:
-    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return f"{tuple(tensor.shape)} {_short(plain.numpy().tobytes())}"
-
-
-def _short(content: bytes) -> str:
-    return sha256(content).hexdigest()[:_DIGITS]
+    return {name: tensor_digest(tensor) for name, tensor in module.state_dict().items()}

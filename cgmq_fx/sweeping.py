@@ -26,33 +26,54 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from cgmq_fx.artifact import check_kept, load
+from cgmq_fx.checkpoint import OtherRunError
 from cgmq_fx.cost_models import (
     Budget,
     BudgetLike,
-    CostModel,
     Ledger,
     check_cost_models,
     check_feasible,
     highest_bits,
-    parse_budget,
 )
 from cgmq_fx.cost_models.errors import BoundError, CostModelError, OptionError
-from cgmq_fx.data import example_inputs_of
+from cgmq_fx.data import SyntheticBatches, batch_count, example_inputs_of
 from cgmq_fx.directions import Direction, direction_of
 from cgmq_fx.driver import DEFAULT_EPOCHS, quantize
 from cgmq_fx.given import path_of, whole_number
 from cgmq_fx.graphs import float_graph, quantized_graph
-from cgmq_fx.identity import digest_of, model_identity, name_of, own_shapes, pruned, start_identity
+from cgmq_fx.identity import (
+    digest_of,
+    optimizer_identity,
+    own_shapes,
+    pruned,
+    run_identity,
+    start_identity,
+)
 from cgmq_fx.passes.capture import Captured
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.presets import TargetLike, deployment
 from cgmq_fx.result import Result
+from cgmq_fx.sweep_budgets import read_budgets
 from cgmq_fx.sweep_result import Sweep, SweepPoint
 from cgmq_fx.terminal import note
-from cgmq_fx.training import Loss, Metric, OptimizerFactory, default_optimizer
+from cgmq_fx.training import (
+    Loss,
+    Metric,
+    OptimizerFactory,
+    default_optimizer,
+    made_by,
+    parameter_groups,
+)
 from cgmq_fx.untrusted import libraries_of
 
 _MANIFEST = "sweep.json"
+_TOLD = {
+    "versions": "version of cgmq_fx or torch",
+    "device": "kind of device",
+    "inputs": "shape or dtype of inputs",
+    "batches": "number of batches",
+}
+"""What messages call what a sweep is, where its name does not tell."""
 
 
 @dataclass(frozen=True)
@@ -87,24 +108,23 @@ class _Task:
         return float_graph(self.model, inputs)
 
     def identity(self, captured: Captured) -> dict[str, str]:
-        """What the points depend on, by name: the model, its inputs, options as far as told."""
-        own = model_identity(captured.module, captured.inputs, captured.dynamic, None)
-        where = deployment(self.target)
-        return {
-            "version of cgmq_fx or torch": repr(own.pop("versions")),
-            "kind of device": own.pop("device"),
-            "shape or dtype of inputs": repr(own.pop("inputs")),
-            "model": digest_of(own),
-            "target": repr((where.preset.name, where.chip)),
-            "scheme": repr(where.scheme(self.scheme)),
-            "direction": direction_of(self.direction).name,
-            "loss": repr(name_of(self.loss)),
-            "metric": repr(name_of(self.metric)),
-            "val_data": repr(self.val_data is not None),
-            "optimizer": repr(name_of(self.optimizer)),
-            "epochs": repr(self.epochs),
-            "seed": repr(self.seed),
-        }
+        """What all points are, as text by name; the optimizer takes parameters to be known."""
+        where, data = deployment(self.target), self.train_data
+        data = SyntheticBatches(captured.inputs, self.seed) if data is None else data
+        scheme, direction = where.scheme(self.scheme), direction_of(self.direction)
+        own = run_identity(
+            *(captured, where, scheme, direction, None, self.loss, self.metric),
+            judged=self.val_data is not None,
+            epochs=self.epochs,
+            batches=batch_count(data),
+            seed=self.seed,
+        )
+        own["model"] = digest_of({name: own.pop(name) for name in ("graph", "model")})
+        return {_TOLD.get(name, name): repr(value) for name, value in own.items()}
+
+    def optimizer_identity(self, graph: GraphModule) -> str:
+        """What its optimizer is for a model with quantizers."""
+        return repr(optimizer_identity(made_by(self.optimizer, parameter_groups(graph))))
 
 
 @dataclass(frozen=True)
@@ -141,7 +161,13 @@ class _Points:
         stopped = set(self.folder.glob(f"{file.stem}-*.run"))
         if progress and stopped and running not in stopped:
             note("its run that was stopped had another start; it is trained anew")
-        result = task.run(budget, start, running, progress=progress)
+        try:
+            result = task.run(budget, start, running, progress=progress)
+        except OtherRunError:  # of a loss or metric that keeps what it has seen
+            shutil.rmtree(running)
+            if progress:
+                note("its run that was stopped was another one; it is trained anew")
+            result = task.run(budget, start, running, progress=progress)
         result.save(file)
         for run in (running, *stopped):
             shutil.rmtree(run, ignore_errors=True)
@@ -214,10 +240,11 @@ def sweep(
         metric,
         seed,
     )
-    parsed = _parsed(task, budgets)
+    parsed = read_budgets(budgets, deployment(target).chip)
     captured = task.captured()
     identity = task.identity(captured)  # before quantizers are inserted
     ordered, graph = _ordered(task, captured, parsed)
+    identity["optimizer"] = task.optimizer_identity(graph)
     with tempfile.TemporaryDirectory() as temporary:
         kept = Path(temporary) if folder is None else path_of("folder=", folder)
         _claim(kept, identity)
@@ -230,43 +257,6 @@ def sweep(
         files = [None if folder is None else points.file(budget) for budget in ordered]
         pairs = zip(ordered, files, strict=True)
         return Sweep(tuple(SweepPoint(str(b), points.load(b), file) for b, file in pairs))
-
-
-def _parsed(task: _Task, budgets: Iterable[BudgetLike]) -> list[Budget]:
-    """The budgets as they are read where the model is to run; at least one."""
-    if isinstance(budgets, str) or not isinstance(budgets, Iterable):
-        raise OptionError(f"a sweep takes a list of budgets, not {budgets!r}")
-    chip = deployment(task.target).chip
-    parsed = [parse_budget(budget, chip) for budget in budgets]
-    if not parsed:
-        raise OptionError('a sweep needs budgets, such as ["bops <= 1%", "bops <= 0.5%"]')
-    return _unique(parsed)
-
-
-def _unique(budgets: Sequence[Budget]) -> list[Budget]:
-    """Each budget once.
-
-    Raises:
-        OptionError: If two of them read the same, but count by cost models that differ: points, and
-            the files that keep them, are told apart by what their budgets read.
-    """
-    found: dict[str, Budget] = {}
-    for budget in budgets:
-        pairs = zip(found.setdefault(str(budget), budget), budget, strict=True)
-        if not all(_alike(first.model, second.model) for first, second in pairs):
-            raise OptionError(
-                f"two budgets read {str(budget)!r}, but their cost models differ; sweep them "
-                "apart, each in a folder of its own, or give their cost models different names"
-            )
-    return list(found.values())
-
-
-def _alike(one: CostModel, other: CostModel) -> bool:
-    """Whether two cost models are of one class and hold the same, as far as can be told."""
-    try:
-        return one is other or bool(one.__reduce_ex__(2) == other.__reduce_ex__(2))
-    except (TypeError, ValueError, RuntimeError):  # it cannot be copied, or arrays are compared
-        return False
 
 
 def _ordered(

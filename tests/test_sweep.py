@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -25,6 +26,7 @@ from cgmq_fx import (
     Result,
     Sweep,
     identity,
+    sweep_budgets,
     sweeping,
 )
 from cgmq_fx.cost_models import Budget, parse_budget
@@ -97,23 +99,46 @@ def test_a_stopped_sweep_trains_only_what_is_missing(
 class Stopping:
     """Cross entropy, until somebody presses Ctrl-C after so many steps of training."""
 
-    def __init__(self, steps: int) -> None:
-        self.left = steps
+    left = 0
 
     def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        self.left -= output.requires_grad
-        if self.left < 0:
+        Stopping.left -= output.requires_grad
+        if Stopping.left < 0:
             signal.raise_signal(signal.SIGINT)
         return cross_entropy(output, target)
+
+
+def stopping(steps: int) -> Stopping:
+    Stopping.left = steps
+    return Stopping()
 
 
 def test_a_point_that_was_interrupted_continues(tmp_path: Path) -> None:
     options = {"epochs": 3, "val_data": None}
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, BUDGETS[:1], loss=Stopping(7), **options)
+        run(tmp_path, BUDGETS[:1], loss=stopping(7), **options)
     assert [file.suffix for file in tmp_path.iterdir() if file.is_dir()] == [".run"]
-    again = run(tmp_path, BUDGETS[:1], loss=Stopping(10), **options)  # of 15 in all
+    again = run(tmp_path, BUDGETS[:1], loss=stopping(10), **options)  # of 15 in all
     assert len(again[0].result.history.steps) == 15
+    assert not list(tmp_path.glob("*.run"))
+
+
+class Counting:
+    """A metric that keeps what it has seen."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> float:
+        self.seen += 1
+        return float(output.mean())
+
+
+def test_a_point_is_trained_anew_where_the_metric_has_changed(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, BUDGETS[:2], loss=stopping(10 + 7), metric=Counting())
+    found = run(tmp_path, BUDGETS[:2], loss=stopping(10), metric=Counting())  # all of a point
+    assert [len(point.result.history.steps) for point in found] == [10, 10]
     assert not list(tmp_path.glob("*.run"))
 
 
@@ -130,9 +155,9 @@ def test_a_sweep_that_was_interrupted_takes_further_budgets(
     budgets = ["bops <= 6%", "bops <= 1%"]
     options: dict[str, Any] = {"epochs": 3, "val_data": None, "progress": True}  # 15 steps a point
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, budgets, loss=Stopping(15 + 7), **options)
+        run(tmp_path, budgets, loss=stopping(15 + 7), **options)
     capsys.readouterr()
-    found = run(tmp_path, [*budgets, *further], loss=Stopping(steps), **options)
+    found = run(tmp_path, [*budgets, *further], loss=stopping(steps), **options)
     assert [len(point.result.history.steps) for point in found] == [15] * (2 + len(further))
     assert not list(tmp_path.glob("*.run"))
     assert ("had another start" in " ".join(capsys.readouterr().err.split())) is told
@@ -190,7 +215,7 @@ def test_budgets_that_read_the_same_but_count_otherwise_are_refused(other: Price
     ids=["equal", "the same"],
 )
 def test_a_budget_that_is_given_twice_is_one_point(twice: tuple[Priced, Priced]) -> None:
-    assert sweeping._unique([Budget((one <= "30%",)) for one in twice])[1:] == []
+    assert sweep_budgets._unique([Budget((one <= "30%",)) for one in twice])[1:] == []
 
 
 @pytest.mark.parametrize("price", [1.0, 3.0])
@@ -211,11 +236,32 @@ def test_what_no_file_can_hold_is_found_before_training() -> None:
 
 def test_a_folder_of_another_sweep_is_refused(tmp_path: Path) -> None:
     run(tmp_path, ["bops <= 6%"], epochs=0)
-    for changed in ({"epochs": 1}, {"seed": 1}, {"loss": None}, {"val_data": None}):
+    others: list[dict[str, Any]] = [
+        {"epochs": 1},
+        {"seed": 1},
+        {"loss": None},
+        {"loss": partial(cross_entropy, label_smoothing=0.9)},
+        {"val_data": None},
+        {"optimizer": lambda groups: torch.optim.Adam(groups, eps=1e-3)},
+    ]
+    for changed in others:
         with pytest.raises(OptionError, match=f"another {next(iter(changed))}; give another"):
             run(tmp_path, ["bops <= 6%"], **{"epochs": 0, **changed})
     with pytest.raises(OptionError, match="another epochs and another seed; give another"):
         run(tmp_path, ["bops <= 6%"], epochs=1, seed=1)
+    same = run(tmp_path, ["bops <= 6%"], epochs=0, optimizer=torch.optim.Adam)  # as by default
+    assert same[0].result.cost.satisfied
+    with pytest.raises(OptionError, match="another number of batches; give another"):
+        cgmq_fx.sweep(
+            model(),
+            ["bops <= 6%"],
+            data()[1:],
+            loss=cross_entropy,
+            val_data=data(),
+            epochs=0,
+            progress=False,
+            folder=tmp_path,
+        )
     (tmp_path / "sweep.json").write_text("{}")
     with pytest.raises(OptionError, match=r"sweep\.json is no record of a sweep"):
         run(tmp_path, ["bops <= 6%"], epochs=0)
