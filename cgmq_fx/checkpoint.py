@@ -26,6 +26,7 @@ from cgmq_fx.packing import pack, unpack
 FORMAT = 2
 NEWEST = "newest.safetensors"
 PREVIOUS = "previous.safetensors"
+_TEMPORARY = ".checkpoint-{}.tmp"
 _KEY = "cgmq_fx.checkpoint"
 _MINUTES = 5.0
 
@@ -142,9 +143,9 @@ class CheckpointStore:
 
     def _replace(self, content: bytes) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        for left in self._folder.glob(".*.tmp"):  # by a process that was killed
+        for left in self._folder.glob(_TEMPORARY.format("[0-9a-f]" * 32)):  # by a killed process
             left.unlink(missing_ok=True)
-        temporary = self._folder / f".{uuid4().hex}.tmp"
+        temporary = self._folder / _TEMPORARY.format(uuid4().hex)
         newest = self._folder / NEWEST
         try:
             with temporary.open("wb") as file:

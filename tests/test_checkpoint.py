@@ -275,9 +275,11 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ".abc.tmp").write_bytes(b"half")
+    mine = {tmp_path / ".notes.tmp", tmp_path / ".checkpoint-notes.tmp", tmp_path / "mine.tmp"}
+    for path in (*mine, tmp_path / f".checkpoint-{'0a' * 16}.tmp"):
+        path.write_bytes(b"half")
     cut_off(tmp_path, 1)
-    assert [p.name for p in tmp_path.iterdir()] == [NEWEST]
+    assert set(tmp_path.iterdir()) == {*mine, tmp_path / NEWEST}
 
 
 @pytest.mark.parametrize(
