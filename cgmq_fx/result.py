@@ -14,6 +14,7 @@ from cgmq_fx.data import keep_constants
 from cgmq_fx.given import path_of
 from cgmq_fx.history import History
 from cgmq_fx.passes.capture import ExampleInputs
+from cgmq_fx.plain import finite
 from cgmq_fx.recount import CostReport
 
 if TYPE_CHECKING:
@@ -131,10 +132,14 @@ class Result:
         return frame(rows(self))
 
     def report(self) -> dict[str, Any]:
-        """The result as plain values: constraints, nodes, quantizers, metrics, history."""
+        """The result as plain values: constraints, nodes, quantizers, metrics, history.
+
+        Numbers that are not finite are None, as JSON has none.
+        """
         from cgmq_fx.report import as_dict
 
-        return as_dict(self)
+        found: dict[str, Any] = finite(as_dict(self))
+        return found
 
     def _repr_html_(self) -> str:
         from cgmq_fx.html import fragment

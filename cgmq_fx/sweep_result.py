@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cgmq_fx.given import path_of
+from cgmq_fx.plain import finite
 from cgmq_fx.result import Result
 from cgmq_fx.terminal import columns, escape, text_of, titled
 
@@ -77,9 +78,12 @@ class Sweep:
         return tuple(p for p in self.points if not any(_beats(q, p) for q in self.points))
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row of plain values per point: budget, every cost, every metric, and the front."""
+        """A row of plain values per point: budget, every cost, every metric, and the front.
+
+        What was not measured is None.
+        """
         front = {id(point) for point in self.front}
-        return [
+        rows = [
             {
                 "budget": point.budget,
                 **point.costs,
@@ -90,6 +94,8 @@ class Sweep:
             }
             for point in self.points
         ]
+        found: list[dict[str, Any]] = finite(rows)
+        return found
 
     def to_dataframe(self) -> DataFrame:
         """The rows as a pandas DataFrame.

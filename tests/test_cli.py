@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from torch import nn
+from torch import Tensor, nn
 
 from cgmq_fx.cli import main
 from cgmq_fx.cost_models import model as registry
@@ -208,3 +208,44 @@ def test_a_module_that_cannot_be_imported() -> None:
     found = run("--import", "no_such_module", "targets")
     assert found.exit_code == 2
     assert found.output.startswith("error: cannot import 'no_such_module': ModuleNotFoundError")
+
+
+def test_a_sweep_that_measures_nothing_is_json_for_every_program(tmp_path: Path) -> None:
+    words = ("sweep", "tests.test_cli:noisy", "--budget", "bops <= 20%", "--input", "2x3")
+    with pytest.warns(UserWarning, match="take more care"):
+        found = run(*words, "--epochs", "0", "--json", "--out", str(tmp_path / "out"))
+    (row,) = json.loads(found.stdout, parse_constant=pytest.fail)
+    assert row["training loss"] is None
+
+
+def fails(output: Tensor, target: Tensor) -> Tensor:
+    """A loss that cannot be computed after some steps."""
+    fails.steps += output.requires_grad  # type: ignore[attr-defined]
+    return output.mean() * (float("nan") if fails.steps > 3 else 1.0)  # type: ignore[attr-defined]
+
+
+def pairs() -> list[tuple[Tensor, Tensor]]:
+    return [(torch.rand(2, 3), torch.rand(2, 2)) for _ in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("blocked", "epochs", "status", "text"),
+    [
+        ("report.json", 0, 2, "error: the model is in {out}/model.safetensors, but {out}/report.j"),
+        ("report.html", 0, 2, "error: the model is in {out}/model.safetensors, but {out}/report.h"),
+        ("report.json", 2, 3, "within the budget: the model is in {out}/model.safetensors, but"),
+        ("model.safetensors", 2, 3, "within the budget: {out}/model.safetensors cannot be written"),
+    ],
+)
+def test_a_report_that_cannot_be_written_loses_nothing(
+    blocked: str, epochs: int, status: int, text: str, tmp_path: Path
+) -> None:
+    (tmp_path / blocked).mkdir()
+    fails.steps = 0  # type: ignore[attr-defined]
+    words = ("quantize", "tests.test_cli:noisy", "--budget", "bops <= 20%", "--quiet")
+    data = ("--data", "tests.test_cli:pairs", "--loss", "tests.test_cli:fails")
+    found = run(*words, *data, "--epochs", str(epochs), "--out", str(tmp_path))
+    assert (found.exit_code, isinstance(found.exception, SystemExit)) == (status, True)
+    assert text.format(out=tmp_path) in found.stderr
+    assert ("error: step 4 of 8" in found.stderr) is (status == 3)
+    assert (tmp_path / "model.safetensors").is_file() is (blocked != "model.safetensors")

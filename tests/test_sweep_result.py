@@ -57,6 +57,17 @@ def test_the_table_and_the_rows_show_every_point(tmp_path: Path) -> None:
         found.plot(tmp_path / "front.nothing")
 
 
+def test_what_was_not_measured_is_none() -> None:
+    one = point(1, 0.5)
+    one.result.metrics = {}
+    (row,) = Sweep((one,)).rows()
+    assert row["training loss"] is None
+    one.result.metrics = {"metric": float("nan"), "loss": float("inf")}
+    (row,) = json.loads(json.dumps(Sweep((one,)).rows(), allow_nan=False))
+    assert row["metric"] is None
+    assert one.result.report()["metrics"] == {"metric": None, "loss": None}
+
+
 def test_rows_as_a_data_frame() -> None:
     pandas = pytest.importorskip("pandas")
     frame = Sweep((point(1, 0.5, "a"), point(2, 0.6, "b"))).to_dataframe()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import click
 from cgmq_fx.cli import options
 from cgmq_fx.cli.common import reported
 from cgmq_fx.cli.loading import load_model
+from cgmq_fx.plain import json_text
 
 
 @click.command("cost", short_help="Count what a model costs, without training.")
@@ -50,4 +50,4 @@ def command(
     scheme = options.scheme_of(**chosen)
     inputs = options.inputs_of(shapes)
     found = cost(load_model(model, state), inputs, costs, scheme=scheme, target=targets)
-    click.echo(json.dumps(found.as_dict(), indent=1) if as_json else str(found))
+    click.echo(json_text(found.as_dict()) if as_json else str(found))

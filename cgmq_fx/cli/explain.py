@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import click
 from cgmq_fx.cli import options
 from cgmq_fx.cli.common import INFEASIBLE, reported
 from cgmq_fx.cli.loading import load_model
+from cgmq_fx.plain import json_text
 
 
 @click.command("explain", short_help="Say what a budget asks, before training.")
@@ -47,7 +47,7 @@ def command(
     inputs = options.inputs_of(shapes)
     found = explain(load_model(model, state), budget, inputs, scheme=scheme, target=targets)
     if as_json:
-        click.echo(json.dumps(found.as_dict(), indent=1))
+        click.echo(json_text(found.as_dict()))
     elif not quiet:
         click.echo(str(found))
     if not found.feasible:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -10,6 +9,7 @@ import click
 from cgmq_fx.cli import options
 from cgmq_fx.cli.common import reported
 from cgmq_fx.cli.loading import load_data, load_result
+from cgmq_fx.plain import json_text
 
 
 @click.command("export", short_help="Write a file that a runtime executes.")
@@ -47,6 +47,6 @@ def command(
     samples = load_data(data).train
     written = export(load_result(file, libraries), out, form, verify=not no_run, samples=samples)
     if as_json:
-        click.echo(json.dumps(written.certificate.to_json(), indent=1))
+        click.echo(json_text(written.certificate.to_json()))
     elif not quiet:
         click.echo(str(written))

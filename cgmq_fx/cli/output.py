@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cgmq_fx.cost_models.errors import OptionError
+from cgmq_fx.plain import json_text
 
 if TYPE_CHECKING:
     from cgmq_fx.result import Result
@@ -42,12 +42,21 @@ def folder_for_results(folder: Path) -> Iterator[None]:
 
 
 def write_result(result: Result, folder: Path) -> list[Path]:
-    """Write a result's model and reports.
+    """Write a result's model, and then its reports.
 
     Returns:
         The files.
+
+    Raises:
+        ArtifactError: If the model cannot be written.
+        OptionError: If the model was written, and a report cannot be.
     """
-    model, report = folder / "model.safetensors", folder / "report.json"
-    result.save(model)
-    report.write_text(json.dumps(result.report(), indent=1))
-    return [model, report, result.to_html(folder / "report.html")]
+    model, report = result.save(folder / "model.safetensors"), folder / "report.json"
+    try:
+        try:
+            report.write_text(json_text(result.report()))
+        except OSError as error:
+            raise OptionError(f"{report} cannot be written: {error}") from error
+        return [model, report, result.to_html(folder / "report.html")]
+    except OptionError as error:
+        raise OptionError(f"the model is in {model}, but {error}") from error

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +11,10 @@ from cgmq_fx.cli import options
 from cgmq_fx.cli.common import reported
 from cgmq_fx.cli.loading import load_model
 from cgmq_fx.cli.output import folder_for_results, write_result
+from cgmq_fx.plain import json_text
+
+if TYPE_CHECKING:
+    from cgmq_fx.result import Result
 
 
 @click.command("quantize", short_help="Quantize a model under a budget.")
@@ -82,12 +85,22 @@ def command(
             )
         except CgmqError as error:
             if error.result is not None:
-                written = ", ".join(map(str, write_result(error.result, out)))
-                click.echo(f"what had been reached is within the budget: wrote {written}", err=True)
+                _rescue(error.result, out)
             raise
         files = write_result(result, out)
     if as_json:
-        click.echo(json.dumps(result.report(), indent=1))
+        click.echo(json_text(result.report()))
     elif not quiet:
         click.echo(str(result))
         click.echo(f"wrote {', '.join(map(str, files))}", err=True)
+
+
+def _rescue(result: Result, out: Path) -> None:
+    """Write what had been reached when training failed; that this failed too is only said."""
+    from cgmq_fx.cost_models.errors import CgmqError
+
+    try:
+        text = f"wrote {', '.join(map(str, write_result(result, out)))}"
+    except CgmqError as error:
+        text = str(error)
+    click.echo(f"what had been reached is within the budget: {text}", err=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -10,6 +9,7 @@ import click
 from cgmq_fx.cli import options
 from cgmq_fx.cli.common import reported
 from cgmq_fx.cli.loading import load_result
+from cgmq_fx.plain import json_text
 
 
 @click.command("show", short_help="Show a saved result.")
@@ -44,7 +44,7 @@ def command(
         cgmq-fx show quantized/model.safetensors --html report.html
     """  # noqa: D301 - click wants the backspace
     result = load_result(file, libraries)
-    click.echo(json.dumps(result.report(), indent=1) if as_json else str(result))
+    click.echo(json_text(result.report()) if as_json else str(result))
     files = [] if html is None else [result.to_html(html)]
     files += [] if plots is None else result.plot(plots)
     for path in files:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from cgmq_fx.cli import options
 from cgmq_fx.cli.common import reported
 from cgmq_fx.cli.loading import load_model
 from cgmq_fx.cli.output import folder_for_results
+from cgmq_fx.plain import json_text
 
 
 @click.command("sweep", short_help="Quantize under many budgets: a Pareto front.")
@@ -71,7 +71,7 @@ def command(
             **arguments,
         )
     if as_json:
-        click.echo(json.dumps(found.rows(), indent=1))
+        click.echo(json_text(found.rows()))
     elif not quiet:
         click.echo(str(found))
         click.echo(f"the points are in {out}", err=True)

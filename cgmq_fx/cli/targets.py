@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import click
 
 from cgmq_fx.cli import options
 from cgmq_fx.cli.common import reported
+from cgmq_fx.plain import json_text
 
 if TYPE_CHECKING:
     from cgmq_fx.cost_models import Target
@@ -35,9 +35,7 @@ def command(as_json: bool) -> None:
 
     chips = [load_target(name) for name in target_names()]
     if as_json:
-        click.echo(
-            json.dumps([*map(_preset_row, PRESETS.values()), *map(_chip_row, chips)], indent=1)
-        )
+        click.echo(json_text([*map(_preset_row, PRESETS.values()), *map(_chip_row, chips)]))
     else:
         click.echo("\n\n".join([*map(_preset, PRESETS.values()), *map(_chip, chips)]))
 

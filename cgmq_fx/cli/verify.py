@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import click
 
 from cgmq_fx.cli import options
 from cgmq_fx.cli.common import INFEASIBLE, reported
+from cgmq_fx.plain import json_text
 
 
 @click.command("verify", short_help="Check what an exported file costs.")
@@ -37,7 +37,7 @@ def command(file: Path, budget: str | None, target: str | None, quiet: bool, as_
 
     found = verify(file, budget, target=target)
     if as_json:
-        click.echo(json.dumps(found.to_json(), indent=1))
+        click.echo(json_text(found.to_json()))
     elif not quiet:
         click.echo(str(found))
     if not found.satisfied:

@@ -26,6 +26,7 @@ from cgmq_fx.exporters.layer_names import layer_names
 from cgmq_fx.given import path_of
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.quantizer import Quantizer
+from cgmq_fx.plain import json_text
 from cgmq_fx.presets import TargetLike, deployment
 from cgmq_fx.recount import count
 from cgmq_fx.result import Result
@@ -93,7 +94,7 @@ class Certificate:
             path: That file.
         """
         target = path.with_name(path.name + SUFFIX)
-        target.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        target.write_text(json_text(self.to_json()) + "\n")
         return target
 
 
