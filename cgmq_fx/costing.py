@@ -83,6 +83,12 @@ class Costs:
                 return row
         raise KeyError(f"{name}; counted were {', '.join(row.name for row in self.rows)}")
 
+    def __repr__(self) -> str:
+        found = [
+            f"{row.name} {_amount(row.totals[max(row.totals)])} {row.unit}" for row in self.rows
+        ]
+        return f"<Costs of {len(self.nodes)} layers, in float: {', '.join(found)}>"
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
         return {

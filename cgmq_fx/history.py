@@ -87,6 +87,9 @@ class History:
     gates: list[GateRecord] = field(default_factory=list)
     quantizers: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<History of {len(self.steps)} steps and {len(self.epochs)} epochs>"
+
     def state_dict(self) -> dict[str, Any]:
         """The records as tensors and plain values: a long run has very many steps."""
         steps = self.steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from cgmq_fx.exporters import Exported
     from cgmq_fx.exporters.certificate import Certificate
+
+_MOST_TEXT = 300
 
 
 @dataclass
@@ -145,6 +148,12 @@ class Result:
         from cgmq_fx.html import fragment
 
         return fragment(self)
+
+    def __repr__(self) -> str:
+        from cgmq_fx.report import factors
+
+        layers = sum(found is not None for found in factors(self))
+        return f"<Result of {layers} layers: {shorten(str(self.cost), _MOST_TEXT)}>"
 
     def __str__(self) -> str:
         from cgmq_fx.report import render

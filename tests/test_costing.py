@@ -32,6 +32,10 @@ def test_costs_in_float_and_at_uniform_bits() -> None:
     assert costs["bops"].totals == {b: macs * b * b for b in (32, 8, 4, 2)}
     assert costs["weights"].totals == {b: WEIGHTS * b / 8 + BIASES for b in (32, 8, 4, 2)}
     assert costs["activations"].totals[32] > costs["activations"].totals[8]
+    assert repr(costs).startswith(
+        "<Costs of 2 layers, in float: bops 2,801,664 bop, macs 2,736 mac"
+    )
+    assert len(repr(costs)) < 200
 
 
 def test_the_layers_add_up() -> None:

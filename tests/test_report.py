@@ -89,6 +89,17 @@ def test_the_table_has_every_compute_node(name: str, scheme: str) -> None:
                 assert re.fullmatch(r"[\d.e+-]+", limit)
 
 
+def test_the_short_form_of_a_result_is_a_line() -> None:
+    result = result_of("cnn")
+    result.history.steps += [StepRecord(i, 2000, "tune", (0.5, 0.5), 0.1) for i in range(2000)]
+    assert repr(result.history) == "<History of 2000 steps and 0 epochs>"
+    assert re.fullmatch(
+        r"<Result of \d+ layers: bops [\d.]+% <= 20.0+%, weights .*%>", repr(result)
+    )
+    result.cost = replace(result.cost, states=result.cost.states * 50)
+    assert len(repr(result)) < 400
+
+
 def test_mixed_bits_are_shown_as_their_range_and_mean() -> None:
     result = result_of("cnn")
     mixed = {**result.cost.assignment, "0_weight": np.array([2, 8, 8, 4])}
