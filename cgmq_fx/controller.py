@@ -34,6 +34,7 @@ from cgmq_fx.cost_models.errors import CheckpointError, OptionError
 from cgmq_fx.directions import Direction, GateView, speeds
 from cgmq_fx.gates import GateLayout, Levels, level_of
 from cgmq_fx.marginals import Marginals
+from cgmq_fx.passes.kernel import Statistic
 from cgmq_fx.passes.processes import Averages
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.projection import Projection
@@ -275,7 +276,7 @@ class Controller:
 
     def _end(self) -> None:
         for quantizer in self._quantizers:
-            quantizer.observe(self.direction.statistic.NONE)
+            quantizer.observe(Statistic.NONE)
         self._settings.release()
         self.frozen = True
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +18,10 @@ from cgmq_fx.together import summed
 from cgmq_fx.training import Loss, Metric
 
 
-@dataclass
 class Means:
     """Running means by name."""
 
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
         self._sums: dict[str, tuple[float, int]] = {}
 
     def add(self, name: str, value: Tensor | float | None, count: int) -> None:

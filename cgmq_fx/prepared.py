@@ -141,7 +141,7 @@ class Prepared:
         return self._inputs
 
     @property
-    def parameter_names(self) -> tuple[str, ...]:
+    def input_names(self) -> tuple[str, ...]:
         """Names of the graph's inputs."""
         return tuple(str(n.target) for n in self.model.graph.nodes if n.op == "placeholder")
 
@@ -182,7 +182,7 @@ class Prepared:
         whole_number("batches", batches, 1)
         if self._controller.taken:
             raise OptionError("calibrate before the first step: ranges have been trained since")
-        signature = Signature.like(self._inputs, self.parameter_names)
+        signature = Signature.like(self._inputs, self.input_names)
         device = device_of(self.model)
         seen = calibration_batches(data, signature, supervised=False, count=batches, device=device)
         with measured_norms(self.model):

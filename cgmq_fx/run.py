@@ -89,7 +89,7 @@ class Run:
         self.history = History()
         self.listeners = listeners
         self.device = device_of(self.model)
-        self.signature = Signature.like(prepared.example_inputs, prepared.parameter_names)
+        self.signature = Signature.like(prepared.example_inputs, prepared.input_names)
         self.optimizer = made_by(optimizer, parameter_groups(self.model))
         self.scheduler = LambdaLR(self.optimizer, schedule(search, steps))
         self.store: CheckpointStore | None = None

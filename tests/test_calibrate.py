@@ -102,7 +102,7 @@ def own(run: cgmq_fx.Prepared) -> dict[str, Quantizer]:
 
 
 def tables(run: cgmq_fx.Prepared, *batches: Tensor) -> dict[str, RangeTable]:
-    inputs = frozenset(run.parameter_names)
+    inputs = frozenset(run.input_names)
     return calibrate(run.model, own(run), [ExampleInputs((b,)) for b in batches], inputs)
 
 
