@@ -59,7 +59,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "freeze": (lambda: prepare().freeze(5), "by the names of quantizers, not as 5"),  # type: ignore[arg-type]
     "verify a result": (
         lambda: cgmq_fx.verify(prepare().finalize()),  # type: ignore[arg-type]
-        "verify takes a path, not a Result",
+        "verify takes a path, not <Result of 2 layers",
     ),
     "export to nothing": (
         lambda: prepare().finalize().export(None),  # type: ignore[arg-type]
