@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -154,3 +155,15 @@ def assert_runs(exported: Exported, result: Result, inputs: ExampleInputs) -> No
     agreement = compare(lower(result.model, result.inputs), found, [inputs])
     assert agreement.largest <= 1.01
     assert agreement.argmax == 1.0
+
+
+def optimised(path: Path, folder: Path) -> set[str]:
+    """The ops that a session at its default options makes of a file."""
+    import onnx
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return {node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node}

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from cgmq_fx import prepare
 from cgmq_fx.exporters.onnx_products import is_float
-from tests.deploy_nets import assert_counted
+from tests.deploy_nets import assert_counted, optimised
 
 onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 
 FORMATS = ["onnx", "onnx-signed", "onnx-compact"]
 BUDGET = "weights <= 20%, bops <= 100%, activations <= 100%, arena <= 100%"
@@ -64,15 +64,6 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (4, 5, 32),
     ),
 }
-
-
-def optimised(path: Path, folder: Path) -> set[str]:
-    """The ops that a session at its default options makes of a file."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.optimized_model_filepath = str(folder / "optimised.onnx")
-    ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return {node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node}
 
 
 @pytest.mark.parametrize("name", NETS)

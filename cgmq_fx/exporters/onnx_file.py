@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import ExportError
 from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_exporter
+from cgmq_fx.exporters.onnx_float_weights import keep_float_weights
 from cgmq_fx.exporters.onnx_names import name_for_users
 from cgmq_fx.exporters.onnx_optimiser import optimise
 from cgmq_fx.exporters.onnx_parts import keep_names, name_ops
@@ -226,6 +227,7 @@ class QdqFile(Exporter):
 
         model = to_onnx(source)
         keep_float_products(model)
+        keep_float_weights(model)
         self.store(model)
         drop_unread(model)
         ir.save(model, path)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 _VIEWS = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"})
-_MOVES = _VIEWS | {"Slice", "MaxPool"}
+MOVES = _VIEWS | {"Slice", "MaxPool"}
 """Ops that onnxruntime computes on codes, so that a product behind them has integer factors."""
 
 _MATRIX = 2
@@ -23,10 +23,15 @@ _PLAIN = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
 
 def is_float(activation: Any) -> bool:
     """Whether a factor of a product is no code: neither dequantized nor picked from what is."""
+    return dequantized(activation) is None
+
+
+def dequantized(activation: Any) -> Any | None:
+    """The node that makes a factor of a product from codes, None if the factor is no code."""
     maker = activation.producer()
-    while maker is not None and maker.op_type in _MOVES:
+    while maker is not None and maker.op_type in MOVES:
         maker = maker.inputs[0].producer()
-    return maker is None or maker.op_type != "DequantizeLinear"
+    return maker if maker is not None and maker.op_type == "DequantizeLinear" else None
 
 
 def keep_float_products(model: Any) -> None:

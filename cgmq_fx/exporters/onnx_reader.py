@@ -14,7 +14,7 @@ from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.exporters.cost_graph import Array, CostGraph, Counted, Manifest, Shape
 from cgmq_fx.exporters.onnx_ops import COMPUTE, OPS, PLACES, POOLS, SIZED, UNKNOWN
 from cgmq_fx.exporters.onnx_parts import Whole, wholes
-from cgmq_fx.exporters.onnx_shapes import value_types
+from cgmq_fx.exporters.onnx_shapes import sized, value_types
 from cgmq_fx.exporters.onnx_values import along, attributes, dtype_of, single_zero
 from cgmq_fx.exporters.qonnx_reader import as_integers, is_qonnx
 
@@ -48,7 +48,7 @@ def read_onnx(path: Path) -> Counted:
         manifest = _manifest(model, path)
         if is_qonnx(model):
             model = as_integers(model)
-        reader = _Reader(_sized(model, manifest.batch), manifest)
+        reader = _Reader(sized(model, manifest.batch), manifest)
         outputs = reader.read()
     except ArtifactError:
         raise
@@ -62,30 +62,6 @@ def _manifest(model: Any, path: Path) -> Manifest:
     if len(texts) != 1:
         raise ArtifactError(f"{path} is an ONNX file, but not one that cgmq_fx exported")
     return Manifest.from_text(texts[0], str(path))
-
-
-def _sized(model: Any, batch: int) -> Any:
-    """The model with sizes for inputs, which every other shape is worked out anew from."""
-    import onnx
-
-    if model.functions or any(o.domain not in ("", "ai.onnx") for o in model.opset_import):
-        raise ArtifactError("the file holds functions or ops of other domains")
-    if any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer):
-        raise ArtifactError("the file keeps tensors in another file")
-    for node in model.graph.node:
-        if any(a.g.node or a.graphs for a in node.attribute):
-            raise ArtifactError(f"{node.name} ({node.op_type}) holds a graph of its own")
-    del model.graph.value_info[:]
-    for put in model.graph.input:
-        for size in put.type.tensor_type.shape.dim:
-            if size.dim_param:
-                size.dim_value = batch  # the batch is the only size that is free
-        first = put.type.tensor_type.shape.dim[:1]
-        if any(0 < size.dim_value < batch for size in first):
-            raise ArtifactError(
-                f"the manifest states a batch of {batch}, the file has a smaller one"
-            )
-    return model
 
 
 class _Reader:
@@ -173,8 +149,8 @@ class _Reader:
             self.graph.unknown.append(f"{node.name} ({node.op_type})")
             target = UNKNOWN
         given = [self._value(name) for name in self._data_inputs(node)]
-        if node.op_type == "Squeeze" and _shape(given[0]) == self._described(node.output[0])[0]:
-            return given[0]  # a product, which was read without the dimension
+        if self._is_for_runtime(node, given):
+            return given[0]
         layer = self._sum_of_product(node, given) or self._layer_without_bias(node, given)
         if layer is not None:
             return layer
@@ -199,6 +175,12 @@ class _Reader:
         for extra in filter(self._readers.__getitem__, list(node.output)[1:]):
             self._nodes[extra] = self.graph.call(target, tuple(given), *self._described(extra))
         return self.graph.call(target, tuple(given), *self._described(node.output[0]))
+
+    def _is_for_runtime(self, node: Any, given: list[Node]) -> bool:
+        """Whether a node changes nothing: a product without its dimension, a slope of one."""
+        if node.op_type == "LeakyRelu":
+            return bool(attributes(node).get("alpha") == 1.0)
+        return node.op_type == "Squeeze" and _shape(given[0]) == self._described(node.output[0])[0]
 
     def _convolution(self, node: Any) -> Node:
         shape, dtype = self._described(node.output[0])

@@ -24,6 +24,35 @@ _LIKE_THEIR_INPUT = frozenset({"GroupNormalization"})
 """Ops whose output has the shape of their first input, which onnx's inference does not tell."""
 
 
+def sized(model: Any, batch: int) -> Any:
+    """The model with sizes for inputs, which every other shape is worked out anew from.
+
+    Raises:
+        ArtifactError: If it holds functions, ops of other domains or of graphs, tensors in another
+            file, or fewer samples than `batch`.
+    """
+    import onnx
+
+    if model.functions or any(o.domain not in ("", "ai.onnx") for o in model.opset_import):
+        raise ArtifactError("the file holds functions or ops of other domains")
+    if any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer):
+        raise ArtifactError("the file keeps tensors in another file")
+    for node in model.graph.node:
+        if any(a.g.node or a.graphs for a in node.attribute):
+            raise ArtifactError(f"{node.name} ({node.op_type}) holds a graph of its own")
+    del model.graph.value_info[:]
+    for put in model.graph.input:
+        for size in put.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.dim_value = batch  # the batch is the only size that is free
+        first = put.type.tensor_type.shape.dim[:1]
+        if any(0 < size.dim_value < batch for size in first):
+            raise ArtifactError(
+                f"the manifest states a batch of {batch}, the file has a smaller one"
+            )
+    return model
+
+
 def value_types(model: Any) -> dict[str, Any]:
     """The type, with its shape, of every value that has one, by its name.
 
