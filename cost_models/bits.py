@@ -144,7 +144,13 @@ def _factors(operands: Sequence[Operand], assignment: Assignment) -> list[BitArr
 
 def _gates(operand: Operand, assignment: Assignment) -> BitArray:
     gates = _FLOAT if operand.quantizer is None else assignment[operand.quantizer]
-    return gates if gates.size == 1 else gates.reshape(operand.meets)
+    if gates.size == 1:
+        return gates
+    if operand.order:
+        gates = gates[np.frombuffer(operand.order, dtype=np.int32)]
+    elif not operand.meets:
+        return np.array([gates.max()])
+    return gates.reshape(operand.meets)
 
 
 def _kept_where_they_meet(operand: Operand, assignment: Assignment) -> BitArray:

@@ -58,9 +58,11 @@ class Operand:
         elements: Elements of the tensor, per sample for an activation.
         quantizer: Name of the quantizer that the operand passes through, or None for float.
         meets: Shape to which the quantizer's gates are reshaped so that they broadcast against the
-            gates of the other operand, element meeting element. Empty for a single gate. Where
-            channels can be removed, the shape for one gate per channel.
+            gates of the other operand, element meeting element. Empty for a single gate, and where
+            it cannot be told which gate meets what: then the most bits that any gate has count.
+            Where channels can be removed, the shape for one gate per channel.
         pruning: Which channels have 0 bits because the layer that makes them is pruned, or None.
+        order: The number of the gate at each place of `meets`, as int32; empty for all in order.
     """
 
     role: Role
@@ -68,6 +70,7 @@ class Operand:
     quantizer: str | None
     meets: tuple[int, ...] = ()
     pruning: Pruning | None = None
+    order: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from cgmq_fx.passes.liveness import liveness
 from cgmq_fx.passes.meeting import meeting
 from cgmq_fx.passes.opaque import OpaqueCall, opaque_call
 from cgmq_fx.passes.optable import ComputeOp, compute_op, is_known
+from cgmq_fx.passes.pairing import Met
 from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer
 from cgmq_fx.passes.state import (
     bits_of,
@@ -76,11 +77,10 @@ def _operands(
     """Weight first, then activation; of two activations, in the order of the op."""
     first, second = operands(node, op)
     found = quantizer_of(module, first), quantizer_of(module, second)
-    gates = [q[1].spec.gate_shape if q else () for q in found]
-    meets = meeting(node, op, gates[1], pruning.gates[1] if pruning else prod(gates[0]))
+    met = meeting(module, node, op, pruning.gates[1] if pruning else None)
     rows = [
-        replace(_operand(first, found[0], meets[1], samples), pruning=pruning),
-        _operand(second, found[1], meets[0], samples),
+        replace(_operand(first, found[0], met[0], samples), pruning=pruning),
+        _operand(second, found[1], met[1], samples),
     ]
     return tuple(sorted(rows, key=lambda row: row.role is not Role.WEIGHT))
 
@@ -102,12 +102,12 @@ def _shortened(stored: list[Stored], own: Pruning | None) -> list[Stored]:
 def _operand(
     node: Node,
     found: tuple[str, Quantizer] | None,
-    meets: tuple[int, ...],
+    met: Met,
     samples: _Samples,
 ) -> Operand:
     elements = samples.share(prod(shape_of(node) or ()), node)
     role = Role.ACTIVATION if node in samples.live else Role.WEIGHT
-    return Operand(role, elements, found[0] if found else None, meets)
+    return Operand(role, elements, found[0] if found else None, met.shape, order=met.order)
 
 
 def _stored(module: GraphModule) -> dict[Node, list[Stored]]:

@@ -12,13 +12,8 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from cgmq_fx.passes.meeting import (
-    channels_at,
-    contracted_size,
-    pooled_axes,
-    runs_in_order,
-    weight_axis,
-)
+from cgmq_fx.passes.following import pooled_axes
+from cgmq_fx.passes.meeting import channels_at, contracted_size, runs_in_order, weight_axis
 from cgmq_fx.passes.oplists import KEEP_ZEROS, ZERO_POOLS, overloads
 from cgmq_fx.passes.optable import ComputeOp, Layout, argument, compute_op
 from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer

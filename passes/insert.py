@@ -14,7 +14,7 @@ from cgmq_fx.cost_models.errors import OptionError, PassError, UnsupportedModelE
 from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.aliases import last_write
 from cgmq_fx.passes.infra import Pass, PassResult, place
-from cgmq_fx.passes.meeting import channel_axis, gate_shape, weight_axis
+from cgmq_fx.passes.meeting import channel_axis, gate_shape, is_followed, weight_axis
 from cgmq_fx.passes.oplists import AFFINE, AVERAGES, BINARY, INTEGER, JOINS, MOVES, READS
 from cgmq_fx.passes.optable import (
     ComputeOp,
@@ -180,6 +180,8 @@ def _spec(scheme: Scheme, places: list[_Place], batched: bool) -> QuantizerSpec:
     channels = granularity == "channel" and first.op is not None
     axis = channel_axis(first.reader, first.op, first.node) if channels and first.op else None
     gates = gate_shape(granularity, shape, axis)
+    if gates and not is_followed(first.node, gates):
+        gates = ()
     return QuantizerSpec(first.role, signed, widths, gates, (), batched, scheme.power_of_two)
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
-from typing import Any
 
 import torch
-from torch.fx import Node
+from torch import Tensor
+from torch.fx import GraphModule, Node
 
-from cgmq_fx.passes.oplists import ZERO_POOLS
-from cgmq_fx.passes.optable import ComputeOp, Layout, argument, is_view
+from cgmq_fx.passes.following import follow, gate_numbers, numbered
+from cgmq_fx.passes.optable import ComputeOp, Layout, argument, compute_op
+from cgmq_fx.passes.pairing import Factor, Met, pair, product_space
 from cgmq_fx.passes.scheme import Granularity
-from cgmq_fx.passes.state import groups_of, shape_of, sources, view_root
-
-_TRANSPOSES = ("permute", "transpose", "t", "movedim", "swapaxes", "swapdims", "numpy_T", "mT")
-_MOST = 1 << 25
-"""Elements of the largest tensor whose channels are followed: a file can ask for any size."""
+from cgmq_fx.passes.state import groups_of, quantizer_of, shape_of, sources, view_root
 
 
 def weight_axis(node: Node, op: ComputeOp) -> int | None:
@@ -78,11 +76,6 @@ def channels_at(node: Node, op: ComputeOp, tensor: Node) -> int:
     return len(shape_of(tensor) or ()) - 1 - spatial
 
 
-def pooled_axes(node: Node) -> int:
-    """How many axes at the end an op of `ZERO_POOLS` works on: its name says it."""
-    return int(str(node.target._opname)[-2])  # type: ignore[union-attr]
-
-
 def along(rank: int, axis: int, size: int) -> tuple[int, ...]:
     """The shape with `size` at `axis` and 1 elsewhere."""
     return tuple(size if i == axis else 1 for i in range(rank))
@@ -99,113 +92,124 @@ def gate_shape(
     return ()
 
 
-Meeting = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-def meeting(node: Node, op: ComputeOp, weight_gates: tuple[int, ...], input_gates: int) -> Meeting:
-    """Shapes in which the gates of weight and activation broadcast, element meeting element.
+def meeting(
+    module: GraphModule, node: Node, op: ComputeOp, removable: int | None = None
+) -> tuple[Met, Met]:
+    """How the gates of the two factors of a compute node meet, in equal parts.
 
     Args:
+        module: The graph's module.
         node: A compute node.
         op: Its row of the table.
-        weight_gates: The gate shape of the weight's quantizer, () for one gate.
-        input_gates: Number of gates of the activation's quantizer.
+        removable: How many channels of the activation can be removed, which run in order; None if
+            it has no such channels.
 
     Returns:
-        The shape for the weight's gates and the one for the activation's. Where the two cannot be
-        lined up (a view in between), every gate meets every gate in equal parts.
+        How those of the activation (or first factor) stand and how those of the weight (or second).
     """
-    count, size = prod(weight_gates), contracted_size(node, op)
-    shape = shape_of(argument(node, op.weight))
-    independent = ((count, 1), (1, input_gates))
-    if (
-        shape is None
-        or size is None
-        or size % input_gates
-        or len(weight_gates) not in (0, len(shape))
-        or (input_gates > 1 and not runs_in_order(node, op, input_gates, size))
-    ):
-        return independent
-    dims = weight_gates or (1,) * len(shape)
-    lined_up = _line_up(op.layout, shape, dims, size, input_gates, groups_of(node))
-    return lined_up or independent
+    first, second = _factor(module, node, op.activation), _factor(module, node, op.weight)
+    inputs = first.gates if removable is None else removable
+    size, own = contracted_size(node, op), _gates_in_place(module, argument(node, op.weight))
+    if size is not None and size % inputs == 0 and own is not None:
+        lined_up = _line_up(op.layout, second.shape, own, size, inputs, groups_of(node))
+        if lined_up and (removable is not None or _stand_in_order(node, op, first, size)):
+            return Met(lined_up[1]), Met(lined_up[0])
+    if removable is not None:
+        return Met((1, inputs)), Met((second.gates, 1))
+    return pair(op.layout, groups_of(node), first, second)
 
 
-def runs_in_order(node: Node, op: ComputeOp, gates: int, size: int) -> bool:
-    """Whether the contracted axis runs through the channels that have gates in order.
+def _factor(module: GraphModule, node: Node, name: str) -> Factor:
+    factor = argument(node, name)
+    gates, shape = prod(_gates(module, factor)), shape_of(factor) or ()
+    numbers = gate_numbers(module, factor) if gates > 1 else numbered((), shape)
+    return Factor(gates, shape, numbers)
+
+
+def _gates(module: GraphModule, factor: Node) -> tuple[int, ...]:
+    found = quantizer_of(module, factor)
+    return found[1].spec.gate_shape if found else ()
+
+
+def _gates_in_place(module: GraphModule, factor: Node) -> tuple[int, ...] | None:
+    """The shape of the gates along the axes of a factor; None if values have been moved."""
+    gates, rank = _gates(module, factor), len(shape_of(factor) or ())
+    if prod(gates) == 1:
+        return (1,) * rank
+    return gates if factor.op == "call_module" and len(gates) == rank else None
+
+
+def _stand_in_order(node: Node, op: ComputeOp, first: Factor, size: int) -> bool:
+    """Whether the contracted axis, of `size`, runs through the gates of the activation in order."""
+    if first.gates == 1 or first.numbers is None:
+        return first.gates == 1
+    return _in_order(node, op, first.numbers, first.gates, size)
+
+
+def _in_order(node: Node, op: ComputeOp, numbers: Tensor, count: int, size: int) -> bool:
+    """Whether the numbers along the contracted axis are 0, 1, ... in equal parts."""
+    rows = numbers.movedim(channels_at(node, op, argument(node, op.activation)), -1)
+    if rows.shape[-1] != size or size % count:
+        return False
+    expected = torch.arange(count, dtype=torch.int32).repeat_interleave(size // count)
+    return bool((rows == expected).all())
+
+
+def runs_in_order(node: Node, op: ComputeOp, channels: int, size: int) -> bool:
+    """Whether the contracted axis runs through so many channels of the activation in order.
 
     Found by sending the numbers of the channels through what lies in between: a flattened image
     has its channels in order, but the tokens that a mixer contracts are no channels.
     """
     *_, root = sources(argument(node, op.activation))
     axis, shape = channel_axis(node, op, root), shape_of(root)
-    if axis is None or shape is None or shape[axis] != gates:
+    if axis is None or shape is None or shape[axis] != channels:
         return False
     return _runs_along(node, op, root, axis, size)
 
 
 def _runs_along(node: Node, op: ComputeOp, root: Node, axis: int, size: int) -> bool:
     """Whether the contracted axis, of `size`, runs through `axis` of `root` in order."""
-    between, shape = [], shape_of(root)
-    for source in sources(argument(node, op.activation)):
-        if source is root or (source.op == "call_module" and root in source.args):
-            break  # at the tensor or at its quantizer, once it has one
-        between.append(source)
-    else:
-        return False  # `root` is the other factor
-    if shape is None or any(prod(shape_of(n) or ()) > _MOST for n in (root, *between)):
-        return False
-    gates = shape[axis]
-    channels = torch.arange(gates, dtype=torch.float32)
-    numbers: Any = channels.reshape(along(len(shape), axis, -1)).expand(shape)
-    for step in reversed(between):
-        if len(step.all_input_nodes) > 1 and not is_view(step):
-            return False
-        numbers = _moved(numbers, step)
-        if numbers is None:
-            return False
-    numbers = numbers.movedim(channels_at(node, op, argument(node, op.activation)), -1)
-    if numbers.shape[-1] != size:
-        return False
-    return bool((numbers == channels.repeat_interleave(size // gates)).all())
+    shape = shape_of(root) or ()
+    numbers = numbered(along(len(shape), axis, shape[axis]), shape)
+    found = follow(numbers, root, argument(node, op.activation))
+    return found is not None and _in_order(node, op, found, shape[axis], size)
 
 
-def _moved(numbers: Any, step: Node) -> Any:
-    """The output of an op that moves values; shapes come from the graph, where they are known.
+def is_followed(root: Node, gates: tuple[int, ...]) -> bool:
+    """Whether it can be told of all that multiplies a tensor which of its gates meets what.
 
-    None where it cannot be told: graphs that are read from files lack arguments.
+    Args:
+        root: The tensor that is to have gates.
+        gates: Their shape.
     """
-    shape, name = shape_of(step), getattr(step.target, "_opname", "")
-    if shape is not None and name in ("expand", "expand_as"):
-        return numbers.expand(shape)
-    if shape is not None and is_view(step) and name not in _TRANSPOSES:
-        return numbers.reshape(shape)
-    if shape is not None and step.target in ZERO_POOLS:
-        return _pooled(numbers, shape, pooled_axes(step))
-    operation: Any = step.target
-    if _lacks_arguments(step):
-        return None
-    return operation(numbers, *step.args[1:], **step.kwargs)
+    numbers = numbered(gates, shape_of(root) or ())
+    return all(
+        (found := follow(numbers, root, factor)) is not None and _is_placed(node, op, factor, found)
+        for node, op, factor in _readers(root)
+    )
 
 
-def _pooled(numbers: Any, shape: tuple[int, ...], axes: int) -> Any:
-    """Numbers that are the same over all of the space, over a space of another size."""
-    if numbers.dim() != len(shape) or tuple(numbers.shape[:-axes]) != shape[:-axes]:
-        return None
-    first = numbers[(..., *(slice(0, 1) for _ in range(axes)))]
-    return first.expand(shape) if bool((numbers == first).all()) else None
-
-
-def _lacks_arguments(step: Node) -> bool:
-    """Whether a node has no value for an argument that its op requires."""
-    if not isinstance(step.target, torch._ops.OpOverload):
-        return False
-    required = [
-        index
-        for index, declared in enumerate(step.target._schema.arguments)
-        if not declared.has_default_value() and declared.name not in step.kwargs
+def _is_placed(node: Node, op: ComputeOp, factor: Node, numbers: Tensor) -> bool:
+    pair = [
+        numbers if own is factor else numbered((), shape_of(own) or ())
+        for own in (argument(node, op.activation), argument(node, op.weight))
     ]
-    return any(index >= len(step.args) for index in required)
+    return product_space(op.layout, groups_of(node), pair[0], pair[1]) is not None
+
+
+def _readers(root: Node) -> Iterator[tuple[Node, ComputeOp, Node]]:
+    """The compute nodes that read values of a tensor, and as which factor."""
+    waiting, seen = [root], {root}
+    while waiting:
+        source = waiting.pop()
+        for user in source.users:
+            op = compute_op(user)
+            if op and source in (argument(user, op.activation), argument(user, op.weight)):
+                yield user, op, source
+            elif user not in seen and source in list(sources(user))[1:2]:
+                seen.add(user)
+                waiting.append(user)
 
 
 def _line_up(
@@ -215,7 +219,7 @@ def _line_up(
     size: int,
     inputs: int,
     groups: int,
-) -> Meeting | None:
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     if layout is Layout.CONV and inputs in (1, size):  # (group, out, in, kernel)
         split = groups if gates[0] != 1 else 1
         weight = (split, gates[0] // split, gates[1], prod(gates[2:]))

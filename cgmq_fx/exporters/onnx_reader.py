@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.exporters.cost_graph import Array, CostGraph, Counted, Manifest, Shape
+from cgmq_fx.exporters.onnx_moves import moved
 from cgmq_fx.exporters.onnx_ops import COMPUTE, OPS, PLACES, POOLS, SIZED, UNKNOWN
 from cgmq_fx.exporters.onnx_parts import Whole, wholes
 from cgmq_fx.exporters.onnx_shapes import sized, value_types
@@ -166,15 +167,13 @@ class _Reader:
             given = [*(given or [number]), self._nodes[self._model.graph.input[0].name]]
         if node.op_type == "Concat":
             given = [given]  # type: ignore[list-item]
-        if node.op_type == "Transpose":
-            given.append(list(attributes(node)["perm"]))  # type: ignore[arg-type]
-        if node.op_type == "ReduceMean" and len(node.input) > 1:
-            axes = self._constant(node.input[1])
-            if axes is not None:
-                given.append([int(axis) for axis in axes.ravel()])  # type: ignore[arg-type]
         for extra in filter(self._readers.__getitem__, list(node.output)[1:]):
-            self._nodes[extra] = self.graph.call(target, tuple(given), *self._described(extra))
-        return self.graph.call(target, tuple(given), *self._described(node.output[0]))
+            self._nodes[extra] = self._made(node, target, given, extra)
+        return self._made(node, target, given, node.output[0])
+
+    def _made(self, node: Any, target: Any, given: list[Node], name: str) -> Node:
+        made = moved(node, name, target, given, self._constant, self._described)
+        return self.graph.call(*made, *self._described(name))
 
     def _is_for_runtime(self, node: Any, given: list[Node]) -> bool:
         """Whether a node changes nothing: a product without its dimension, a slope of one."""

@@ -1,0 +1,131 @@
+"""Following gates: where the elements of a tensor end up behind ops that only move values."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from cgmq_fx.passes.oplists import PADS, ZERO_POOLS, overloads
+from cgmq_fx.passes.optable import is_view
+from cgmq_fx.passes.quantizer import Quantizer
+from cgmq_fx.passes.state import shape_of, sources
+
+MOST = 1 << 25
+"""Elements of the largest tensor that is followed: a file can ask for any size."""
+
+_TRANSPOSES = ("permute", "transpose", "t", "movedim", "swapaxes", "swapdims", "numpy_T", "mT")
+_LARGEST = overloads("amax")
+
+
+def pooled_axes(node: Node) -> int:
+    """How many axes at the end an op of `ZERO_POOLS` works on: its name says it."""
+    return int(str(node.target._opname)[-2])  # type: ignore[union-attr]
+
+
+def numbered(gates: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    """For every element of a tensor, the number of its gate; `gates` broadcasts to `shape`."""
+    return torch.arange(prod(gates), dtype=torch.int32).reshape(gates).expand(shape)
+
+
+def gate_numbers(module: GraphModule, factor: Node) -> Tensor | None:
+    """The number of the gate of each element of a factor, in the shape of the factor.
+
+    None where it cannot be told.
+    """
+    for source in sources(factor):
+        if source.op == "call_module":
+            quantizer, shape = module.get_submodule(str(source.target)), shape_of(source)
+            if not isinstance(quantizer, Quantizer) or shape is None:
+                return None
+            gates = quantizer.spec.gate_shape
+            if len(gates) > len(shape) or any(
+                own not in (1, size)
+                for own, size in zip(reversed(gates), reversed(shape), strict=False)
+            ):
+                return None
+            return follow(numbered(gates, shape), source, factor)
+    return None
+
+
+def follow(numbers: Tensor, start: Node, end: Node) -> Tensor | None:
+    """Send numbers that the elements of `start` have through what lies between, up to `end`.
+
+    None where they cannot be told, or `end` does not take its values from `start`.
+    """
+    between = []
+    for source in sources(end):
+        if source is start or (source.op == "call_module" and start in source.args):
+            break  # at the tensor or at its quantizer, once it has one
+        between.append(source)
+    else:
+        return None
+    if any(prod(shape_of(n) or ()) > MOST for n in (start, *between)):
+        return None
+    found: Any = numbers
+    for step in reversed(between):
+        if len(step.all_input_nodes) > 1 and not is_view(step):
+            return None
+        found, shape = _moved(found, step), shape_of(step)
+        if found is None or (shape is not None and tuple(found.shape) != shape):
+            return None
+    return found if isinstance(found, Tensor) else None
+
+
+def _moved(numbers: Any, step: Node) -> Any:
+    """The output of an op that moves values; shapes come from the graph, where they are known.
+
+    None where it cannot be told: graphs that are read from files lack arguments.
+    """
+    shape, name = shape_of(step), getattr(step.target, "_opname", "")
+    if shape is not None and name in ("expand", "expand_as"):
+        return numbers.expand(shape)
+    if shape is not None and is_view(step) and name not in _TRANSPOSES:
+        return numbers.reshape(shape)
+    if shape is not None and step.target in ZERO_POOLS:
+        axes = range(len(shape) - pooled_axes(step), len(shape))
+        return _resized(numbers, shape, axes)
+    if shape is not None and step.target in PADS:
+        return _resized(numbers, shape, _axes_of_other_size(numbers, shape))
+    if _lacks_arguments(step):
+        return None
+    operation: Any = step.target
+    try:
+        found = operation(numbers, *step.args[1:], **step.kwargs)
+        if step.target in _LARGEST:
+            least = -operation(-numbers, *step.args[1:], **step.kwargs)
+            return found if torch.equal(found, least) else None
+    except (RuntimeError, IndexError, TypeError, ValueError):  # what a damaged file asks for
+        return None
+    return found
+
+
+def _axes_of_other_size(numbers: Tensor, shape: tuple[int, ...]) -> list[int]:
+    """The axes along which padding changes the size; what pads belongs to what lies beside it."""
+    return [i for i, size in enumerate(numbers.shape) if size != shape[i]]
+
+
+def _resized(numbers: Tensor, shape: tuple[int, ...], axes: Any) -> Tensor | None:
+    """Numbers that are the same along some axes, with other sizes of these."""
+    first = numbers
+    for axis in axes:
+        first = first.narrow(axis, 0, 1)
+    kept = [size if i not in axes else 1 for i, size in enumerate(shape)]
+    if numbers.dim() != len(shape) or list(first.shape) != kept:
+        return None
+    return first.expand(shape) if bool((numbers == first).all()) else None
+
+
+def _lacks_arguments(step: Node) -> bool:
+    """Whether a node has no value for an argument that its op requires."""
+    if not isinstance(step.target, torch._ops.OpOverload):
+        return False
+    required = [
+        index
+        for index, declared in enumerate(step.target._schema.arguments)
+        if not declared.has_default_value() and declared.name not in step.kwargs
+    ]
+    return any(index >= len(step.args) for index in required)
