@@ -174,7 +174,7 @@ class Preset:
         )
 
     def _check(self, scheme: Scheme) -> None:
-        ends = [bits for bits in (scheme.input_bits, scheme.output_bits) if bits is not None]
+        ends = [bits for bits in (scheme.input_bits, scheme.rounded_output) if bits is not None]
         layers = [bits for _, widths in scheme.layer_widths for bits in widths]
         weights = scheme.widths_of(Role.WEIGHT)
         wide = sorted({*scheme.bit_widths, *weights, *layers, *ends} - {*self.widths})

@@ -24,6 +24,7 @@ from cgmq_fx.passes.optable import (
     looked_up_axis,
     set_argument,
 )
+from cgmq_fx.passes.outputs import integer_outputs
 from cgmq_fx.passes.quantizer import Quantizer, QuantizerSpec
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.passes.selection import Selection
@@ -121,12 +122,12 @@ def _links(module: GraphModule, live: set[Node]) -> Iterator[_Place]:
                 yield _Place(root, Role.ACTIVATION, node, None)
 
 
-def _outputs(module: GraphModule, live: set[Node]) -> Iterator[_Place]:
-    """The network's outputs that are not yet on a grid."""
+def _outputs(module: GraphModule) -> Iterator[_Place]:
+    """The network's outputs that integer kernels could make, not yet on a grid."""
     output = module.graph.output_node()
-    for node in output.all_input_nodes:
-        if node in live and is_float(node) and quantizer_of(module, node) is None:
-            yield _Place(view_root(node), Role.ACTIVATION, output, None)
+    for node in integer_outputs(module):
+        if quantizer_of(module, node) is None:
+            yield _Place(node, Role.ACTIVATION, output, None)
 
 
 def _tables(module: GraphModule, live: set[Node], selection: Selection) -> list[list[_Place]]:
@@ -171,8 +172,8 @@ def _spec(scheme: Scheme, places: list[_Place], batched: bool) -> QuantizerSpec:
         )
     signed = last_write(first.node) is not None or not non_negative(first.node)
     widths, granularity = scheme.bit_widths, scheme.activations
-    if first.reader.op == "output" and scheme.output_bits is not None:
-        widths, granularity = (scheme.output_bits,), "tensor"
+    if first.reader.op == "output" and scheme.rounded_output is not None:
+        widths, granularity = (scheme.rounded_output,), "tensor"
     elif scheme.input_bits is not None and _is_input(first.node):
         widths = (scheme.input_bits,)
     elif first.op is None:
@@ -267,8 +268,8 @@ class InsertQuantizers(Pass):
     that the scheme does not skip is on the grid of exactly one quantizer, whatever views, max-pools
     and slices lie in between; results that are never negative are unsigned, all else is signed; the
     operands of adds whose result is quantized are on grids of their own, of at most 8 bits, so that
-    an integer runtime can rescale and add them; if the scheme says so, the network's outputs are on
-    grids as well.
+    an integer runtime can rescale and add them; if the scheme says so, the outputs of the network
+    that integer kernels make (`integer_outputs`) are on grids as well.
 
     Attributes:
         scheme: Bit-widths and granularity.
@@ -297,10 +298,9 @@ class InsertQuantizers(Pass):
                 if node is group[0] or own.gate_shape != spec.gate_shape:
                     path = _make(module, node, spec if node is group[0] else own)
                 _insert(module, node, path, selection)
-        if self.scheme.output_bits is not None:
-            outputs = _outputs(module, reachable_from_inputs(module.graph))
-            self._insert_all(module, selection, ([place] for place in outputs))
-            _fix_outputs(module, self.scheme.output_bits)
+        if self.scheme.rounded_output is not None:
+            self._insert_all(module, selection, ([place] for place in _outputs(module)))
+            _fix_outputs(module, self.scheme.rounded_output)
         tables = _tables(module, reachable_from_inputs(module.graph), selection)
         self._insert_all(module, selection, tables)
         links = _links(module, reachable_from_inputs(module.graph))
@@ -349,9 +349,8 @@ def _make_dense(module: GraphModule) -> None:
 
 def _fix_outputs(module: GraphModule, bits: int) -> None:
     """Let quantizers that the network's outputs are on take `bits` only."""
-    live = reachable_from_inputs(module.graph)
-    for node in module.graph.output_node().all_input_nodes:
-        found = quantizer_of(module, node) if node in live else None
+    for node in integer_outputs(module):
+        found = quantizer_of(module, node)
         if found is not None:
             found[1].spec = replace(found[1].spec, bit_widths=(bits,))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from cgmq_fx.cost_models.errors import OptionError
-from cgmq_fx.cost_models.facts import Role
+from cgmq_fx.cost_models.facts import FLOAT_BITS, Role
 from cgmq_fx.passes.grid import DEFAULT_BIT_WIDTHS, allowed_bit_width
 
 Granularity: TypeAlias = Literal["tensor", "channel", "element"]
@@ -45,7 +45,10 @@ class Scheme:
         input_bits: Fixes the network's inputs at this bit-width, or what becomes of them by moving
             values and by sums and products with constants, where that is quantized; None lets the
             search decide. An error if neither is.
-        output_bits: Quantizes the network's outputs too, at this bit-width; None leaves them.
+        output_bits: Rounds the network's outputs too, at this bit-width, where integer kernels make
+            them: a layer, or sums, pools and moves of what layers give; each part of a join on its
+            own. What is computed in float (a sigmoid, a product with a constant) is returned in
+            float. None leaves all of them, unless a preset rounds them; 32 leaves them anyway.
         power_of_two: Whether the steps of all grids are powers of two, so that scaling is a shift.
         skip: Layers that stay in float; one pattern or several.
         only: If any, the only layers that are quantized; one pattern or several.
@@ -106,6 +109,11 @@ class Scheme:
         """The bit-widths of weights, or of other tensors."""
         own = self.weight_widths if role is Role.WEIGHT else None
         return self.bit_widths if own is None else own
+
+    @property
+    def rounded_output(self) -> int | None:
+        """The bit-width that outputs are rounded to, or None if they are not."""
+        return None if self.output_bits == FLOAT_BITS else self.output_bits
 
     @property
     def link_widths(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""LiteRT's `.tflite`, 8-bit integers from the input to the output."""
+"""LiteRT's `.tflite`, 8-bit integers wherever layers are quantized."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def channels_last(inputs: ExampleInputs) -> ExampleInputs:
 class LiteRT(Exporter):
     """A LiteRT (TensorFlow Lite) model for one sample at a time, images with channels last.
 
-    Inputs and outputs are 8-bit integers; their scales and zero points stand in the file.
+    Inputs and outputs that are quantized are 8-bit integers; their scales and zero points stand in
+    the file.
     """
 
     name: ClassVar[str] = "litert"
