@@ -36,8 +36,8 @@ class Scheme:
 
     Attributes:
         bit_widths: The bit-widths that a gate may take, a tuple of 0 (prunes), 2 to 16 and 32
-            (float), ascending. Tensors that only element-wise ops read take those of 2 to 8 bits,
-            8 if there is none.
+            (float), ascending. Tensors that only sums, element-wise products and pools read take
+            those of 2 to 8 bits, 8 if there is none: integer runtimes have no wider sums.
         weights: Gates of weights: per tensor, per output channel or per element. Tables that are
             only looked up (embeddings, bags, parameters read by indices) have one.
         activations: Gates of activations: per tensor or per channel.
