@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
-from torch import SymInt, nn
+from torch import SymInt, Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from cgmq_fx.cost_models.facts import (
@@ -215,6 +215,14 @@ def _opaque_facts(node: Node, call: OpaqueCall, stored: list[Stored], batch: int
     )
 
 
+def _is_constant_integers(node: Node, live: set[Node]) -> bool:
+    """Whether an op gives the same integers whatever the inputs are: places, not arithmetic."""
+    made = value_of(node)
+    if node in live or not isinstance(made, Tensor):
+        return False
+    return not (made.is_floating_point() or made.is_complex())
+
+
 def _quantizer_facts(module: GraphModule, samples: _Samples) -> Iterator[QuantizerFacts]:
     for node in module.graph.nodes:
         owner = _called(module, node)
@@ -235,8 +243,9 @@ def annotate(module: GraphModule, batch: int) -> GraphFacts:
         batch: The batch size that the shapes were taken with.
 
     Returns:
-        The facts, in execution order. Ops that no table knows are listed in `unknown`, modules that
-        run as they are in `opaque`; the MACs of those are what torch's counter finds, in float.
+        The facts, in execution order. Ops that no table knows are listed in `unknown`, unless they
+        give integers and depend on no input; modules that run as they are in `opaque`, and the MACs
+        of those are what torch's counter finds, in float.
     """
     samples = _Samples.of(module.graph, batch)
     stored, (makers, readers) = _stored(module), _prunings(module)
@@ -250,7 +259,7 @@ def annotate(module: GraphModule, batch: int) -> GraphFacts:
             opaque.append(f"{kept.path} ({type(kept.inner).__name__})")
         elif compute_op(node) is not None or node in stored:
             nodes.append(_facts(module, node, own, samples, readers.get(node)))
-        if not is_known(node):
+        if not (is_known(node) or _is_constant_integers(node, samples.live)):
             unknown.append(f"{node.name} ({node.target}{', ' if place(node) else ''}{place(node)})")
     quantizers = {q.name: q for q in _quantizer_facts(module, samples)}
     tensors = liveness(module, samples.live, samples.share)

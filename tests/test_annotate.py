@@ -210,9 +210,12 @@ def test_what_is_not_quantized_counts_at_what_is_deployed(dtype: torch.dtype, bi
     assert [s.bits for n in facts.nodes for s in n.stored if s.name == "table"] == [bits]
 
 
+E = torch.eye(4)
+
 UNKNOWN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "cdist": (lambda x: torch.cdist(x, x), "aten.cdist.default"),
     "pdist": (torch.pdist, "aten.pdist.default"),
+    "cdist of constants": (lambda x: x + torch.cdist(E, E)[0], "aten.cdist.default"),
 }
 
 
@@ -224,6 +227,14 @@ def test_unknown_ops_are_listed_with_their_place(
     (found,) = facts.unknown
     assert f"({op}, " in found
     assert 'test_annotate.py", line ' in found
+
+
+def test_places_that_depend_on_no_input_are_no_gap() -> None:
+    def pairs(x: Tensor, _: Tensor) -> Tensor:
+        rows, columns = torch.tril_indices(4, 4, -1)
+        return (x[:, :, None] * x[:, None])[:, rows, columns]
+
+    assert facts_of(Apply(pairs, 1), tensors((4,))(2)).unknown == ()
 
 
 @pytest.mark.parametrize("name", NETS)
