@@ -37,20 +37,22 @@ def _in_integers(module: GraphModule) -> set[Node]:
     """What is on a grid, the products of that, and what integer kernels make of either."""
     found: set[Node] = set()
     for node in module.graph.nodes:
-        op = compute_op(node)
-        if quantizer_of(module, node) is not None:
-            found.add(node)
-        elif last_write(node) is not None:
-            continue
-        elif op is not None:
-            factors = (argument(node, name) for name in (op.activation, op.weight))
-            if all(quantizer_of(module, factor) for factor in factors):
-                found.add(node)
-        elif (node.target in _PASSING and node.args[0] in found) or (
-            node.target in BINARY and found.issuperset(node.args[:2])
-        ):
+        if _is_integer(module, node, found) and last_write(node) is None:
             found.add(node)
     return found
+
+
+def _is_integer(module: GraphModule, node: Node, found: set[Node]) -> bool:
+    """Whether integer kernels make a node of what they were found to make."""
+    op = compute_op(node)
+    if op is not None:
+        factors = (argument(node, name) for name in (op.activation, op.weight))
+        return all(quantizer_of(module, factor) for factor in factors)
+    if node.op == "call_module":
+        return quantizer_of(module, node) is not None
+    if node.target in BINARY:
+        return found.issuperset(node.args[:2])
+    return node.target in _PASSING and node.args[0] in found
 
 
 def _parts(graph: Graph) -> Iterator[Node]:
