@@ -22,6 +22,7 @@ from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.grid import MAX_GRID_BITS, PASS_THROUGH, power_of_two_range, round_to_grid
 from cgmq_fx.passes.inputs import ExampleInputs
 from cgmq_fx.passes.quantizer import Quantizer, QuantizerSpec
+from cgmq_fx.tails import Extremes, Tail, noise
 
 _PER_BATCH = 8192
 _PER_WEIGHT = 8192
@@ -32,9 +33,6 @@ _TAIL = 3.0
 _LARGEST = 1e15
 _SMALLEST = 1e-25
 """What is smaller counts as zero: the steps of its grid could not be held."""
-
-_LEAST_NOISE = 0.01
-"""Values may be on the grid by chance, all zero before training for one, and do not stay there."""
 
 _GOLDEN = 0.6180339887498949
 
@@ -58,8 +56,9 @@ class RangeTable:
     Attributes:
         log_ranges: Shape (bit-widths, *range shape): natural logarithm of the best range.
         noise: Shape (bit-widths, rows): 12 times the mean squared error there, clipping included:
-            the square of the step if values are spread evenly. It falls with the bit-width, to 0 at
-            32 bits. A row per range where gates have ranges of their own, else one.
+            the square of the step if values are spread evenly. Heavy tails count in full, also
+            where the sample misses them. It falls with the bit-width, to 0 at 32 bits. A row per
+            range where gates have ranges of their own, else one.
         power: Mean square of the values.
         rows: Shape (gates,): the row of each gate; None where all have the first.
         distortion: Shape (bit-widths,): the relative squared error of the network's output when
@@ -79,7 +78,7 @@ def best_range(
     """The range of least squared rounding error, robust against a few wild values.
 
     Values beyond three times the 99.9 % quantile count as if they stood there, so that one outlier
-    cannot stretch the range.
+    cannot stretch the range. Where they hold much of the power, `range_table` goes further.
 
     Args:
         values: Shape (ranges, samples), finite.
@@ -91,12 +90,7 @@ def best_range(
     Returns:
         Shape (ranges,), positive.
     """
-    size = values.abs() if signed else values.clamp(min=0)
-    top = size.amax(1)
-    cap = torch.minimum(top, _TAIL * _quantile(size))
-    cap = torch.where(cap > 0, cap, top)
-    fallback = top.max() if bool(top.max() > 0) else torch.full_like(top.max(), empty)
-    cap = torch.where(cap > 0, cap, fallback)
+    cap = _cap(values, signed, empty)
     bits = min(bits, MAX_GRID_BITS)
     codes = 2**bits - 1
     reach = codes / (codes - 1) if signed else 1.0
@@ -116,6 +110,16 @@ def best_range(
     return best
 
 
+def _cap(values: Tensor, signed: bool, empty: float) -> Tensor:
+    """Where values are capped, shape (ranges,), positive."""
+    size = values.abs() if signed else values.clamp(min=0)
+    top = size.amax(1)
+    cap = torch.minimum(top, _TAIL * _quantile(size))
+    cap = torch.where(cap > 0, cap, top)
+    fallback = top.max() if bool(top.max() > 0) else torch.full_like(top.max(), empty)
+    return torch.where(cap > 0, cap, fallback)
+
+
 def _shares(power_of_two: bool) -> list[float]:
     """What shares of the widest range are tried."""
     if power_of_two:
@@ -123,39 +127,43 @@ def _shares(power_of_two: bool) -> list[float]:
     return torch.linspace(1.0, 1.0 / _CANDIDATES, _CANDIDATES).tolist()
 
 
-def range_table(quantizer: Quantizer, values: Tensor) -> RangeTable:
+def range_table(
+    quantizer: Quantizer, values: Tensor, extremes: Extremes | None = None
+) -> RangeTable:
     """The table of a quantizer.
+
+    Ranges are those of `best_range`. Where the tail that it caps, or that the sample misses, holds
+    more than a thousandth of the power, they are wider, as far as the other values can afford it;
+    so are those of more than 8 bits, which clip nothing that they can hold.
 
     Args:
         quantizer: Its sign, bit-widths and range shape count.
         values: Shape (ranges, samples), finite.
+        extremes: The largest of all values that `values` are a sample of; None if they are all.
     """
     shape, spec = quantizer.log_range.shape, quantizer.spec
     rows = _rows(spec)
     # a weight that starts at zero grows to what layers are usually initialised with
     empty = values.shape[1] ** -0.5 if spec.role is Role.WEIGHT else 1.0
-    logs, noise = [], []
+    signed, power_of_two = quantizer.signed, spec.power_of_two
+    cap = _cap(values, signed, empty)
+    tail = Tail(values, extremes or Extremes.of(values), cap, signed)
+    heavy = tail.heavy
+    logs, errors = [], []
     for bits in spec.bit_widths:
-        limit = best_range(values, max(bits, 2), quantizer.signed, spec.power_of_two, empty)
+        limit = best_range(values, max(bits, 2), signed, power_of_two, empty)
+        limit = tail.extended(limit, max(bits, 2), power_of_two)
+        error = torch.where(heavy, tail.noise(limit, bits), noise(values, limit, bits, signed))
         logs.append(limit.log().reshape(shape))
-        noise.append(_noise(values, limit, bits, quantizer.signed))
-    table = torch.stack(noise)
+        errors.append(error)
+    table = torch.stack(errors)
     if rows is None:
         table = table.mean(1, keepdim=True)
     table = table.flip(0).cummax(0).values.flip(0)
-    return RangeTable(torch.stack(logs), table, float(values.square().mean()), rows)
-
-
-def _noise(values: Tensor, limit: Tensor, bits: int, signed: bool) -> Tensor:
-    """12 times the mean squared error of rounding `values`, shape (ranges,)."""
-    if bits == 0:
-        return 12 * values.square().mean(1)
-    if bits >= PASS_THROUGH:
-        return torch.zeros_like(limit)
-    width = torch.tensor(bits, dtype=torch.int32, device=values.device)
-    error = round_to_grid(values, limit[:, None], width, signed).sub_(values).square().mean(1)
-    step = limit * (2 if signed else 1) / (2**bits - 1)
-    return torch.maximum(12 * error, _LEAST_NOISE * step.square())
+    power = values.square().mean()
+    if bool(heavy.any()):
+        power = torch.where(heavy, tail.power, values.square().mean(1)).mean()
+    return RangeTable(torch.stack(logs), table, float(power), rows)
 
 
 def _rows(spec: QuantizerSpec) -> Tensor | None:
@@ -201,10 +209,11 @@ def calibrate(
         raise DataError("there is no batch to calibrate with: the data is empty")
     tables = {}
     for name, quantizer in quantizers.items():
-        values = watches[name].values(name)
+        values, extremes = watches[name].values(name), watches[name].extremes
         if name in inputs:
-            quantizer.signed = bool((values < 0).any())
-        tables[name] = range_table(quantizer, values)
+            seen = values if extremes is None else extremes.values
+            quantizer.signed = bool((values < 0).any() or (seen < 0).any())
+        tables[name] = range_table(quantizer, values, extremes)
     return tables
 
 
@@ -243,13 +252,19 @@ class _Watch:
     def __init__(self, quantizer: Quantizer) -> None:
         self._spec = quantizer.spec
         self._parts: list[Tensor] = []
+        self.extremes: Extremes | None = None
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         value = args[0].detach()
         if self._spec.role is Role.ACTIVATION:
-            self._parts.append(_thin(value.reshape(1, -1).float(), _PER_BATCH))
+            flat = value.reshape(1, -1).float()
+            self._parts.append(_thin(flat, _PER_BATCH))
+            found = Extremes.of(flat)
+            self.extremes = found if self.extremes is None else self.extremes.merged(found)
         elif not self._parts:
-            self._parts.append(_thin(self._per_range(value).float(), _PER_WEIGHT))
+            rows = self._per_range(value).float()
+            self._parts.append(_thin(rows, _PER_WEIGHT))
+            self.extremes = Extremes.of(rows)
 
     def values(self, name: str) -> Tensor:
         """Shape (ranges, samples); what is not finite or tiny is zero."""

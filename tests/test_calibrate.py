@@ -15,6 +15,7 @@ from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.grid import round_to_grid
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.quantizer import Quantizer, QuantizerSpec
+from cgmq_fx.tails import Extremes
 
 COUNT = 10_000
 
@@ -243,3 +244,97 @@ def test_values_on_a_grid_still_have_some_noise() -> None:
     for values in (torch.zeros(1, 8), torch.tensor([[-1.0, 0.0, 1.0, 1.0]])):
         quantizer = Quantizer(QuantizerSpec(Role.WEIGHT, True, (2, 8), (), ()))
         assert bool((range_table(quantizer, values).noise > 0).all())
+
+
+def seen_by(batches: list[Tensor], widths: tuple[int, ...] = (2, 4, 8, 16)) -> RangeTable:
+    quantizer = Quantizer(QuantizerSpec(Role.ACTIVATION, True, widths))
+    model = torch.fx.GraphModule({"q": quantizer}, graph_of_one_call())
+    return calibrate(model, {"q": quantizer}, [ExampleInputs((b,)) for b in batches], frozenset())[
+        "q"
+    ]
+
+
+def relative_error(table: RangeTable, level: int, bits: int, values: Tensor) -> float:
+    limit = float(table.log_ranges[level].exp())
+    return math.sqrt(squared_error(values, limit, bits, True) / float(values.square().sum()))
+
+
+def test_ordinary_values_keep_the_ranges_of_the_capped_sample() -> None:
+    table = seen_by([normal(8192)])
+    for level, bits in enumerate((2, 4, 8, 16)):
+        assert torch.equal(table.log_ranges[level], best_range(normal(8192), bits, True)[0].log())
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_16_bits_hold_one_massive_activation_and_2_bits_do_not(power_of_two: bool) -> None:
+    values = normal(100_000)
+    values[0, 77_777] = 123.0
+    quantizer = Quantizer(QuantizerSpec(Role.ACTIVATION, True, (2, 16), power_of_two=power_of_two))
+    model = torch.fx.GraphModule({"q": quantizer}, graph_of_one_call())
+    table = calibrate(model, {"q": quantizer}, [ExampleInputs((values,))], frozenset())["q"]
+    low, high = table.log_ranges.exp().tolist()
+    assert low < 3
+    assert 123 <= high < 250
+    assert relative_error(table, 1, 16, values) < 0.01
+
+
+def heavy_tailed() -> list[Tensor]:
+    """Points of which some are far away, as in clouds of a laser scanner."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(1, 50_000, generator=generator) for _ in range(8)]
+    for batch in batches:
+        batch[0, ::5000] *= 25
+    return batches
+
+
+def test_heavy_tails_are_held_where_bits_are_enough() -> None:
+    batches = heavy_tailed()
+    values, table = torch.cat(batches, 1), seen_by(batches)
+    thin = torch.cat([b[:, :8192] for b in batches], 1)
+    before = RangeTable(best_range(thin, 8, True).log(), table.noise, 1.0)
+    assert relative_error(table, 2, 8, values) < 0.7 * relative_error(before, 0, 8, values)
+    assert relative_error(table, 3, 16, values) < 0.01
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+def test_a_wild_value_that_no_range_holds_stretches_none(bits: int) -> None:
+    dirty = normal()
+    dirty[0, 1234] = 1e6
+    found, clean = (seen_by([values], (bits,)).log_ranges.exp() for values in (dirty, normal()))
+    assert 1 <= float(found / clean) < 3
+
+
+def test_noise_tells_what_is_clipped_beyond_the_sample() -> None:
+    values = normal(100_000)
+    values[0, 77_777] = 1000.0
+    table = seen_by([values])
+    for level, bits in enumerate((2, 4, 8)):
+        limit = float(table.log_ranges[level].exp())
+        error = squared_error(values, limit, bits, True) / 100_000
+        assert float(table.noise[level]) == pytest.approx(12 * error, rel=0.02)
+    assert table.power == pytest.approx(float(values.square().mean()), rel=0.02)
+
+
+def test_rows_of_weights_are_extended_one_by_one() -> None:
+    weights = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(0))
+    weights[1, 12_345] = 60.0
+    spec = QuantizerSpec(Role.WEIGHT, True, (4, 8), (2, 1), (2, 1))
+    model = torch.fx.GraphModule({"q": (quantizer := Quantizer(spec))}, graph_of_one_call())
+    table = calibrate(model, {"q": quantizer}, [ExampleInputs((weights,))], frozenset())["q"]
+    assert table.log_ranges[-1].exp().flatten()[1] > 30
+    assert table.log_ranges[:, 0].exp().max() < 6
+
+
+def test_extremes_are_the_largest_of_all_batches() -> None:
+    batches = [
+        torch.randn(3, size, generator=torch.Generator().manual_seed(size))
+        for size in (1, 300, 40_001)
+    ]
+    batches[2][1, 7], batches[1][2, 5] = math.inf, math.nan
+    found = Extremes.of(batches[0])
+    for batch in batches[1:]:
+        found = found.merged(Extremes.of(batch))
+    everything = torch.cat(batches, 1).abs().nan_to_num(0, 0)
+    assert found.count == 40_302
+    expected = everything.topk(256, 1).values
+    assert torch.equal(found.values.abs().sort(1, descending=True).values, expected)
