@@ -8,8 +8,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.facts import Role
@@ -17,16 +17,12 @@ from cgmq_fx.history import EpochRecord, History
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.infra import place
 from cgmq_fx.passes.meeting import channel_axis, weight_axis
-from cgmq_fx.passes.oplists import overloads
 from cgmq_fx.passes.optable import compute_op
 from cgmq_fx.passes.quantizer import Quantizer
-from cgmq_fx.passes.state import value_of
+from cgmq_fx.passes.state import computed_from_inputs
 
 _PARTS = 10
 """The loss is smoothed over the so-manieth part of the steps."""
-
-_FILLS = overloads("zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full")
-"""Ops that take no more than sizes from the tensors that they are given."""
 
 _SURE = 2.0
 """Standard errors by which a difference has to exceed chance."""
@@ -61,7 +57,7 @@ class _Listening(Interpreter):
         self._silent: dict[str, tuple[int, int]] = {}
         quantizers = [m for m in module.modules() if isinstance(m, Quantizer)]
         self._pruned = any(bool((q.bits == 0).any()) for q in quantizers)
-        self._computed = _computed(module.graph)
+        self._computed = computed_from_inputs(module.graph)
 
     def silent(self, inputs: ExampleInputs) -> dict[str, tuple[int, int]]:
         leaves = pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
@@ -91,16 +87,6 @@ class _Listening(Interpreter):
         rows = heard.reshape(1, -1) if axis is None else heard.movedim(axis, 0).flatten(1)
         if count := int((~rows.any(1)).sum()):
             self._silent[str(node.target).rpartition(".")[2]] = count, len(rows)
-
-
-def _computed(graph: Graph) -> set[Node]:
-    """The nodes whose values follow from those of the inputs, not only from their sizes."""
-    found: set[Node] = set()
-    for node in graph.nodes:
-        made = node.target in _FILLS or isinstance(value_of(node), int | SymInt)
-        if node.op == "placeholder" or not (made or found.isdisjoint(node.all_input_nodes)):
-            found.add(node)
-    return found
 
 
 def _axis(node: Node, quantizer: Quantizer) -> int | None:

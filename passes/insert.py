@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -28,14 +28,15 @@ from cgmq_fx.passes.outputs import integer_outputs
 from cgmq_fx.passes.quantizer import Quantizer, QuantizerSpec
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.passes.selection import Selection
+from cgmq_fx.passes.sharing import steps
 from cgmq_fx.passes.signs import non_negative
 from cgmq_fx.passes.state import (
     is_float,
+    is_parameter,
     quantizer_of,
     reachable_from_inputs,
     shape_of,
     sources,
-    tensor_at,
     view_root,
 )
 
@@ -75,23 +76,15 @@ def _wanted(module: GraphModule, live: set[Node], selection: Selection) -> dict[
 
 
 def _shared(module: GraphModule, wanted: Mapping[Node, list[_Place]]) -> list[list[Node]]:
-    """The tensors to be quantized, in groups that share a quantizer.
-
-    A weight that several nodes of one kind read is one layer applied several times (the steps of a
-    recurrence, a shared trunk), so what it is applied to is one tensor at several times.
-    """
+    """The tensors to be quantized, in groups that share a quantizer."""
     import networkx as nx  # slow
 
     same = nx.Graph()
     same.add_nodes_from(wanted)
-    first: dict[tuple[Node, object], Node] = {}
-    for node in module.graph.nodes:
-        op = compute_op(node)
-        root, weight = map(view_root, operands(node, op)) if op else (node, node)
-        if root not in wanted or weight not in wanted or root.op == "placeholder":
-            continue
-        if wanted[weight][0].role is Role.WEIGHT:
-            same.add_edge(root, first.setdefault((weight, node.target), root))
+    first: dict[Hashable, Node] = {}
+    for root, weight, name in steps(module):
+        if root in wanted and weight in wanted and root.op != "placeholder":
+            same.add_edge(root, first.setdefault(name, root))
     order = {node: i for i, node in enumerate(wanted)}
     groups = [sorted(group, key=order.__getitem__) for group in nx.connected_components(same)]
     return sorted(groups, key=lambda group: order[group[0]])
@@ -142,15 +135,11 @@ def _tables(module: GraphModule, live: set[Node], selection: Selection) -> list[
         if table is None or table in live or not is_float(table) or selection.skips(node):
             continue
         root = view_root(table)
-        if node.target in READS and not _is_parameter(module, root):
+        if node.target in READS and not is_parameter(module, root):
             continue
         if last_write(table) is None and quantizer_of(module, table) is None:
             found.setdefault(root, []).append(_Place(root, Role.WEIGHT, node, None))
     return list(found.values())
-
-
-def _is_parameter(module: GraphModule, node: Node) -> bool:
-    return node.op == "get_attr" and isinstance(tensor_at(module, node.target), nn.Parameter)
 
 
 def _row_axis(place: _Place) -> int | None:
@@ -262,7 +251,7 @@ def _reads_size_only(user: Node) -> bool:
 
 @dataclass(frozen=True)
 class InsertQuantizers(Pass):
-    """Insert a quantizer on every factor of every compute node, one per tensor.
+    """Insert a quantizer on every factor of every compute node, one per tensor (see `sharing`).
 
     Before: a normalised graph with shapes. After: every floating-point factor of every compute node
     that the scheme does not skip is on the grid of exactly one quantizer, whatever views, max-pools

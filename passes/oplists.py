@@ -82,6 +82,9 @@ BINARY = overloads("add sub mul maximum minimum")
 AFFINE = overloads("add sub mul div rsub to _to_copy")
 """Ops that scale and shift a tensor, if their other operands are constants."""
 
+FILLS = overloads("zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full")
+"""Ops that take no more than sizes from the tensors that they are given."""
+
 AVERAGES = overloads(
     """
     avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from cgmq_fx.cost_models.facts import FLOAT_BITS
 from cgmq_fx.passes.aliases import last_write
+from cgmq_fx.passes.oplists import FILLS
 from cgmq_fx.passes.optable import argument, is_view, preserves_grid
 from cgmq_fx.passes.quantizer import Quantizer
 
@@ -22,6 +23,11 @@ def tensor_at(module: nn.Module, target: Any) -> Tensor | None:
     owner, _, name = str(target).rpartition(".")
     value = getattr(module.get_submodule(owner), name, None)
     return value if isinstance(value, Tensor) else None
+
+
+def is_parameter(module: nn.Module, node: Node) -> bool:
+    """Whether a node reads a parameter."""
+    return node.op == "get_attr" and isinstance(tensor_at(module, node.target), nn.Parameter)
 
 
 def set_tensor(module: nn.Module, target: str, tensor: Tensor) -> None:
@@ -82,6 +88,16 @@ def reachable_from_inputs(graph: Graph) -> set[Node]:
     found: set[Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" or any(parent in found for parent in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def computed_from_inputs(graph: Graph) -> set[Node]:
+    """The nodes whose values follow from those of the model's input, not only from their sizes."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        made = node.target in FILLS or isinstance(value_of(node), int | SymInt)
+        if node.op == "placeholder" or not (made or found.isdisjoint(node.all_input_nodes)):
             found.add(node)
     return found
 

@@ -180,7 +180,7 @@ def test_a_file_needs_no_more_memory_than_its_graph(name: str, tmp_path: Path) -
 
 
 class Repeated(nn.Module):
-    """A layer, then another one twice."""
+    """A layer, then another one three times."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class Repeated(nn.Module):
         self.first, self.again = nn.Linear(4, 6), nn.Linear(6, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.again(self.again(self.first(x)))
+        y: Tensor = self.again(self.again(self.again(self.first(x))))
         return y
 
 
