@@ -141,8 +141,8 @@ def _counts_samples(node: Node, found: set[Node], batch: int) -> bool:
 def _is_one_for_all(node: Node, batch: int) -> bool:
     """Whether an op takes one sample out of the batch, or leaves no place for one."""
     shape = shape_of(node)
-    if node.target is torch.ops.aten.select.int and isinstance(node.args[0], Node):
-        given = shape_of(node.args[0]) or (0,)
+    if node.target is torch.ops.aten.select.int and len(node.args) > 1:  # a file may not say which
+        given = shape_of(node.all_input_nodes[0]) or (0,)
         if node.args[1] in (0, -len(given)) and given[0] == batch:
             return True
     return shape is not None and prod(shape) % batch != 0
