@@ -177,8 +177,7 @@ class ByteGraph:
             return False
         ends = np.array(value.grid.low), np.array(value.grid.high)
         return all(
-            _bits_or_infinity(activation_bits, *ends, layout) == math.inf
-            for layout in self._layouts
+            _mean_bits(activation_bits, *ends, layout) == math.inf for layout in self._layouts
         )
 
     def convolution(
@@ -317,8 +316,8 @@ class ByteGraph:
     def _rounding(self, value: Value, grid: Grid) -> Node:
         low, high, step = np.array(grid.low), np.array(grid.high), np.array(grid.step)
         plain = [layout for layout in self._layouts if not layout.gates] or [Layout()]
-        layout = min(plain, key=lambda own: _bits_or_infinity(activation_bits, low, high, own))
-        if _bits_or_infinity(activation_bits, low, high, layout) == math.inf:
+        layout = min(plain, key=lambda own: _mean_bits(activation_bits, low, high, own))
+        if _mean_bits(activation_bits, low, high, layout) == math.inf:
             span = grid.high - grid.low  # not limited: all codes of its container
             low, high, layout = np.array(0), np.array(span), Layout((span.bit_length(),))
         return self.graph.activation(value.node, low, high, step, layout)
@@ -330,7 +329,7 @@ class ByteGraph:
         along[constant.axis] = steps.size
         ranges = tuple(along) if steps.size > 1 else ()
         layouts = [_fitted(layout, values.shape) for layout in self._layouts]
-        layout = min(layouts, key=lambda own: _bits_or_infinity(weight_bits, values, ranges, own))
+        layout = min(layouts, key=lambda own: _mean_bits(weight_bits, values, ranges, own))
         return self.graph.weight(values, ranges, layout)
 
 
@@ -348,7 +347,7 @@ def _nearest(number: float, step: float) -> int:
     return round(max(min(number / step, _FAR), -_FAR))
 
 
-def _bits_or_infinity(count: Callable[..., Array], *arguments: Any) -> float:
+def _mean_bits(count: Callable[..., Array], *arguments: Any) -> float:
     """The mean of the bits that a layout needs; infinite if it does not fit."""
     try:
         return float(count(*arguments).mean())
