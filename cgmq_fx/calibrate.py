@@ -22,7 +22,7 @@ from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.passes.grid import MAX_GRID_BITS, PASS_THROUGH, power_of_two_range, round_to_grid
 from cgmq_fx.passes.inputs import ExampleInputs
 from cgmq_fx.passes.quantizer import Quantizer, QuantizerSpec
-from cgmq_fx.tails import Extremes, Tail, noise
+from cgmq_fx.tails import LARGEST, Extremes, Tail, noise
 
 _PER_BATCH = 8192
 _PER_WEIGHT = 8192
@@ -30,7 +30,6 @@ _CANDIDATES = 48
 _HALVINGS = 7
 _QUANTILE = 0.999
 _TAIL = 3.0
-_LARGEST = 1e15
 _SMALLEST = 1e-25
 """What is smaller counts as zero: the steps of its grid could not be held."""
 
@@ -278,10 +277,10 @@ class _Watch:
             raise DataError(f"all calibration values at {name} are infinite or not a number")
         if not bool(finite.all()):
             values = torch.where(finite, values, torch.zeros_like(values))
-        if float(values.abs().max()) > _LARGEST:
+        if float(values.abs().max()) > LARGEST:
             raise DataError(
                 f"calibration values at {name} reach {float(values.abs().max()):.3g}, and squares "
-                f"of what is beyond {_LARGEST:g} overflow; scale the data or the weights"
+                f"of what is beyond {LARGEST:g} overflow; scale the data or the weights"
             )
         return torch.where(values.abs() < _SMALLEST, torch.zeros_like(values), values)
 

@@ -21,8 +21,8 @@ _MOST = 256
 _BLOCK = 64
 """Values that are compared as one in the search for the largest."""
 
-_LARGEST = 1e15
-"""What is larger is no value of a network that works: it is left out."""
+LARGEST = 1e15
+"""What is larger is no value of a network that works: squares of what is beyond overflow."""
 
 _HEAVY = 1e-3
 """Share of the mean square above which what a cap cuts off makes a tail heavy."""
@@ -61,8 +61,8 @@ class Extremes:
     def of(values: Tensor) -> Extremes:
         """Those of `values`, shape (ranges, values); what is not finite or huge is left out."""
         count = values.shape[1]
-        if count and not bool(values.abs().amax() <= _LARGEST):
-            values = torch.where(values.abs() <= _LARGEST, values, torch.zeros_like(values))
+        if count and not bool(values.abs().amax() <= LARGEST):
+            values = torch.where(values.abs() <= LARGEST, values, torch.zeros_like(values))
         return Extremes(_largest(values).float(), count)
 
     def merged(self, other: Extremes) -> Extremes:
