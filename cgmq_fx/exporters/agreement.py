@@ -61,6 +61,11 @@ class Agreement:
         """Whether the artifact is as it should be."""
         return self.values > 0 and self.within >= TOLERATED_SHARE
 
+    @property
+    def is_close(self) -> bool:
+        """Whether no value is off by more than a step, so that there is nothing to look into."""
+        return self.values > 0 and self.largest <= TOLERATED_STEPS + _EXACT
+
     def __str__(self) -> str:
         largest = f"{self.largest:.3g}" if self.largest > _EXACT else f"under {_EXACT:g}"
         return (
@@ -89,10 +94,10 @@ class Reference:
         """Compare what a runtime gave for the same inputs, flat for every batch."""
         best: Agreement | None = None
         for expected in self._in_turn():
-            agreement = _compared(self.module, expected, found)
+            agreement = compared(self.module, expected, found)
             if best is None or _nearness(agreement) > _nearness(best):
                 best = agreement
-            if best.largest <= TOLERATED_STEPS + _EXACT:
+            if best.is_close:
                 break
         assert best is not None
         return best
@@ -100,8 +105,9 @@ class Reference:
     def excuse(self, found: Sequence[Sequence[Tensor]]) -> str | None:
         """Why outputs that disagree are right all the same, as a sentence; None if they are not.
 
-        In a deep network of few bits, one code on a border changes all that follows in its sample:
-        correct arithmetics disagree in whole samples. A file that is wrong is off in about every
+        Only for files whose codes cannot be looked at (see `inside.py`). In a deep network of few
+        bits, one code on a border changes all that follows in its sample: correct arithmetics
+        disagree in whole samples. A file that is wrong is off in about every
         sample. So a file is right if the samples in which some output is off from every arithmetic
         are at most half as many as those in which float64 and float32 are off from one another.
 
@@ -194,9 +200,12 @@ def _without_sizes(module: GraphModule, outputs: Sequence[Tensor], count: int) -
     return [o for o in outputs if o.dim() or o.is_floating_point()]
 
 
-def _compared(
-    module: GraphModule, expected: Outputs, found: Sequence[Sequence[Tensor]]
+def compared(
+    module: GraphModule,
+    expected: Sequence[Sequence[Tensor]],
+    found: Sequence[Sequence[Tensor]],
 ) -> Agreement:
+    """Compare two sets of outputs of a graph, flat for every batch."""
     steps = output_steps(module, expected)
     exact = within = rows = hits = total = 0
     largest = 0.0
@@ -221,14 +230,14 @@ def _compared(
 def exact_outputs(module: GraphModule, batches: Sequence[ExampleInputs]) -> list[list[Tensor]]:
     """The outputs in float64, or in float32 where the graph insists on that."""
     try:
-        wide = copy_graph(module).double()
-        return outputs_of(wide, [b.map(_wide) for b in batches])
+        return outputs_of(copy_graph(module).double(), [in_float64(b) for b in batches])
     except RuntimeError:  # an op has a dtype of its own
         return outputs_of(module, batches)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+def in_float64(inputs: ExampleInputs) -> ExampleInputs:
+    """The same inputs with floating-point tensors in float64."""
+    return inputs.map(lambda t: t.double() if t.is_floating_point() else t)
 
 
 def outputs_of(module: GraphModule, batches: Sequence[ExampleInputs]) -> list[list[Tensor]]:

@@ -11,7 +11,13 @@ from typing import Any
 
 from cgmq_fx.cost_models.errors import CgmqError, DataError, ExportError, OptionError
 from cgmq_fx.data import Signature, calibration_batches
-from cgmq_fx.exporters.agreement import Agreement, Reference, outputs_of, trial_batches
+from cgmq_fx.exporters.agreement import (
+    Agreement,
+    Reference,
+    compared,
+    outputs_of,
+    trial_batches,
+)
 from cgmq_fx.exporters.certificate import (
     Certificate,
     certify,
@@ -20,6 +26,7 @@ from cgmq_fx.exporters.certificate import (
 )
 from cgmq_fx.exporters.cost_graph import Manifest
 from cgmq_fx.exporters.exporter import Exporter, Source, find_exporter, in_float32
+from cgmq_fx.exporters.inside import look_inside
 from cgmq_fx.exporters.program import draws
 from cgmq_fx.given import path_of
 from cgmq_fx.passes.capture import ExampleInputs
@@ -142,13 +149,21 @@ def _verified(
     reference = Reference(source.lowered, batches)
     _check_lowered(source, reference)
     agreement = reference.compare(found)
-    excuse = None if agreement.holds else reference.excuse(found)
-    if not agreement.holds and excuse is None:
+    if agreement.is_close:
+        return agreement, ()
+    inside = exporter.inside(source, path, batches)
+    if inside is not None and compared(source.lowered, inside.outputs, found).holds:
+        finding = look_inside(inside, batches)
+        excuse, wrong = finding.excuse, finding.wrong
+    else:
+        excuse, wrong = None if agreement.holds else reference.excuse(found), None
+    if wrong is not None or not (agreement.holds or excuse):
+        where = "" if wrong is None else f"; the first to differ from what is before it: {wrong}"
         raise ExportError(
-            f"the file runs, but does not compute what the model computes: {agreement}; it was "
-            "removed"
+            f"the file runs, but does not compute what the model computes: {agreement}{where}; it "
+            "was removed"
         )
-    return agreement, () if excuse is None else (excuse,)
+    return agreement, () if agreement.holds or excuse is None else (excuse,)
 
 
 def _check_lowered(source: Source, reference: Reference) -> None:

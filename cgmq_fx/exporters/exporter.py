@@ -18,6 +18,7 @@ from torch.fx.node import map_aggregate
 
 from cgmq_fx.cost_models import Budget, ConstraintState
 from cgmq_fx.cost_models.errors import ArtifactError, ExportError
+from cgmq_fx.exporters.inside import Inside
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.lower import lower
@@ -144,6 +145,19 @@ class Exporter(ABC):
         Returns:
             For every batch the outputs, flat, in the order of the graph.
         """
+
+    def inside(self, source: Source, path: Path, batches: Sequence[ExampleInputs]) -> Inside | None:
+        """What its runtime computes inside of a file, asked for where outputs disagree.
+
+        Args:
+            source: What was written.
+            path: What `write` wrote.
+            batches: As of `run`.
+
+        Returns:
+            None if the runtime shows nothing but outputs.
+        """
+        return None
 
     def read(self, path: Path) -> FileCost:
         """Read what a file costs, from nothing but the file, without executing anything in it.

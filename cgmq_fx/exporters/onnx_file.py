@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import ExportError
 from cgmq_fx.exporters.exporter import Exporter, FileCost, Source, register_exporter
+from cgmq_fx.exporters.inside import Inside
 from cgmq_fx.exporters.onnx_float_weights import keep_float_weights
 from cgmq_fx.exporters.onnx_names import name_for_users
 from cgmq_fx.exporters.onnx_optimiser import optimise
@@ -32,7 +33,7 @@ from cgmq_fx.exporters.onnx_saturation import avoid_saturation, unsigned_weights
 from cgmq_fx.exporters.program import constants_returned, exported_program, quiet
 from cgmq_fx.passes.absorb import AbsorbClamps
 from cgmq_fx.passes.capture import ExampleInputs
-from cgmq_fx.passes.codes import DEQUANTIZE, QUANTIZE
+from cgmq_fx.passes.codes import DEQUANTIZE, QUANTIZE, is_quantize
 from cgmq_fx.passes.contain import HoistCodes, SurroundOps
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.infra import run_passes
@@ -100,11 +101,15 @@ def to_onnx(source: Source) -> Any:
     Raises:
         ExportError: If torch.onnx has no translation of an op.
     """
+    exported = translated(_program(source), translations(), OPSET)
+    return without_notes(exported.model, source.manifest)
+
+
+def _program(source: Source) -> ExportedProgram:
+    """What is translated: a quantize is called there as the codes that it makes are in the file."""
     module = copy_graph(source.lowered_with_offset)
     module = run_passes(module, [HoistCodes(), AbsorbClamps(), SurroundOps(), PoolsAsMeans()])
-    program = exported_program(module, source.inputs)
-    exported = translated(program, translations(), OPSET)
-    return without_notes(exported.model, source.manifest)
+    return exported_program(module, source.inputs)
 
 
 def translated(program: ExportedProgram, table: dict[Any, Any], opset: int) -> Any:
@@ -176,12 +181,14 @@ def drop_unread(model: Any) -> None:
 
 
 def run_onnx(
-    path: Path, batches: Sequence[ExampleInputs], configure: Callable[[Any], None] | None = None
+    model: Path | bytes,
+    batches: Sequence[ExampleInputs],
+    configure: Callable[[Any], None] | None = None,
 ) -> list[list[Tensor]]:
     """Run a file in onnxruntime on the CPU.
 
     Args:
-        path: The file.
+        model: The file, or what is in it.
         batches: Inputs whose tensors, in order, are the inputs of the file.
         configure: Called with the session's options.
     """
@@ -191,7 +198,7 @@ def run_onnx(
     options.log_severity_level = 3
     if configure is not None:
         configure(options)
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     names = [put.name for put in session.get_inputs()]
     found = []
     for batch in batches:
@@ -239,6 +246,20 @@ class QdqFile(Exporter):
     def run(self, path: Path, batches: Sequence[ExampleInputs]) -> list[list[Tensor]]:
         """Run it in onnxruntime."""
         return run_onnx(path, batches, self.configure)
+
+    def inside(self, source: Source, path: Path, batches: Sequence[ExampleInputs]) -> Inside:
+        """Run it in onnxruntime with all codes among its outputs."""
+        import onnx
+
+        program, model = _program(source), onnx.load(path)
+        outputs = [put.name for put in model.graph.output]
+        made = {name for node in model.graph.node for name in node.output} - {*outputs}
+        names = [n.name for n in program.graph.nodes if is_quantize(n) and n.name in made]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        found = run_onnx(model.SerializeToString(), batches, self.configure)
+        count = len(outputs)
+        codes = [dict(zip(names, row[count:], strict=True)) for row in found]
+        return Inside(program.module(), codes, [row[:count] for row in found])
 
 
 @final
