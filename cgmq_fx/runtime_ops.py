@@ -14,6 +14,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.passes.optable import argument, compute_op
+from cgmq_fx.passes.pools import is_padded, overhangs
 from cgmq_fx.passes.state import shape_of
 
 _IMAGE = 4
@@ -60,6 +61,18 @@ def _to_multiples(node: Node) -> str | None:
     sizes = (shape_of(source) or ())[-len(made) :] if isinstance(source, Node) else ()
     uneven = any(size % small for size, small in zip(sizes, made, strict=False))
     return f"of {list(sizes)} to {list(made)}, which is uneven" if uneven else None
+
+
+def _averages(node: Node) -> str | None:
+    """Not with windows that end outside of padding that counts, nor with a divisor of its own.
+
+    Integer kernels divide by the whole of such windows, and files of ONNX have no place for the
+    other.
+    """
+    if overhangs(node) and is_padded(node) and argument(node, "count_include_pad"):
+        return "with ceil_mode and padding that counts (count_include_pad=False is taken)"
+    divisor = argument(node, "divisor_override")
+    return None if divisor is None else f"with divisor_override={divisor}"
 
 
 def _switched_on(node: Node) -> str | None:
@@ -148,6 +161,7 @@ ONNXRUNTIME_RULES: tuple[tuple[str, Rule], ...] = (
     *_CONVOLUTIONS,
     ("adaptive_max_pool1d", _to_multiples),
     ("adaptive_max_pool2d", _to_multiples),
+    *((f"avg_pool{rank}d", _averages) for rank in (1, 2, 3)),
     ("dropout", _switched_on),
     ("output", _made_by_nodes),
 )

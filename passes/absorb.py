@@ -42,9 +42,9 @@ def _limits(step: Tensor, ends: Ends, low: list[int], high: list[int]) -> tuple[
     count = max(len(low), step.numel())
     lows, highs = (list(v) * (count // len(v)) for v in (low, high))
     if codes[0] is not None:
-        lows = [max(a, int(b)) for a, b in zip(lows, codes[0], strict=True)]
+        lows = [int(max(a, b)) for a, b in zip(lows, codes[0], strict=True)]
     if codes[1] is not None:
-        highs = [min(a, int(b)) for a, b in zip(highs, codes[1], strict=True)]
+        highs = [int(min(a, b)) for a, b in zip(highs, codes[1], strict=True)]
     return lows, highs
 
 

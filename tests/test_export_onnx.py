@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.op_nets import OPS
 from cgmq_fx import Scheme, prepare
@@ -187,3 +188,24 @@ def test_known_defects_of_exports_are_noticed(
     batches = trial_batches(lowered, result.inputs, 32)
     found = exporters()["onnx"].run(tmp_path / "net.onnx", batches)
     assert not compare(lowered, found, batches).holds
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AvgPool2d(2, ceil_mode=True),
+        nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
+        nn.AvgPool2d(3, 2, 1),
+    ],
+)
+def test_averages_at_the_border_are_exact(pool: nn.Module, tmp_path: Path) -> None:
+    """Windows that overhang are divided by what is in the image, in integer kernels too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), pool, nn.Conv2d(4, 4, 1)).eval()
+    inputs = torch.randn(4, 3, 13, 13)
+    prepared = prepare(model, "bops <= 7%", inputs, target="onnxruntime")
+    prepared.calibrate([inputs])
+    exported = prepared.finalize().export(tmp_path / "net.onnx")
+    assert exported.agreement is not None
+    assert exported.agreement.is_close
+    assert "QLinearAveragePool" in optimised(exported.path, tmp_path)

@@ -208,6 +208,8 @@ def clamped(build: Callable[[Tensor], Tensor], widths: tuple[int, ...] = (4,)) -
         lambda x: nn.functional.hardtanh(x, -0.3, 0.2),
         lambda x: x.clamp(max=0.1),
         lambda x: x.clamp(-0.4),
+        lambda x: x.clamp(-torch.inf, 0.3),
+        lambda x: x.clamp(*(torch.finfo(x.dtype).min, torch.finfo(x.dtype).max)),
     ],
 )
 def test_a_clamp_that_is_rounded_becomes_limits_of_codes(

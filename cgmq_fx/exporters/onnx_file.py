@@ -37,7 +37,7 @@ from cgmq_fx.passes.codes import DEQUANTIZE, QUANTIZE, is_quantize
 from cgmq_fx.passes.contain import HoistCodes, SurroundOps
 from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.infra import run_passes
-from cgmq_fx.passes.pools import PoolsAsMeans
+from cgmq_fx.passes.pools import PoolsAsMeans, PoolsWithoutPadding
 
 OPSET = 21
 """The first one with 16-bit containers; onnxruntime refuses the newest that onnx writes."""
@@ -108,7 +108,8 @@ def to_onnx(source: Source) -> Any:
 def _program(source: Source) -> ExportedProgram:
     """What is translated: a quantize is called there as the codes that it makes are in the file."""
     module = copy_graph(source.lowered_with_offset)
-    module = run_passes(module, [HoistCodes(), AbsorbClamps(), SurroundOps(), PoolsAsMeans()])
+    passes = [HoistCodes(), AbsorbClamps(), SurroundOps(), PoolsAsMeans(), PoolsWithoutPadding()]
+    module = run_passes(module, passes)
     return exported_program(module, source.inputs)
 
 
