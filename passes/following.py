@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from math import prod
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from cgmq_fx.passes.oplists import PADS, ZERO_POOLS, overloads
-from cgmq_fx.passes.optable import is_view
+from cgmq_fx.passes.optable import argument, is_view
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.passes.state import shape_of, sources
 
@@ -89,7 +90,7 @@ def _moved(numbers: Any, step: Node) -> Any:
         axes = range(len(shape) - pooled_axes(step), len(shape))
         return _resized(numbers, shape, axes)
     if shape is not None and step.target in PADS:
-        return _resized(numbers, shape, _axes_of_other_size(numbers, shape))
+        return _resized(numbers, shape, _padded_axes(step, len(shape)))
     if _lacks_arguments(step):
         return None
     operation: Any = step.target
@@ -103,18 +104,26 @@ def _moved(numbers: Any, step: Node) -> Any:
     return found
 
 
-def _axes_of_other_size(numbers: Tensor, shape: tuple[int, ...]) -> list[int]:
-    """The axes along which padding changes the size; what pads belongs to what lies beside it."""
-    return [i for i, size in enumerate(numbers.shape) if size != shape[i]]
+def _padded_axes(step: Node, rank: int) -> Collection[int]:
+    """The axes that are padded or cut, all if it cannot be told; the last axis comes first.
+
+    What pads belongs to what lies beside it.
+    """
+    amounts = argument(step, "pad")
+    if not isinstance(amounts, list | tuple) or len(amounts) > 2 * rank:
+        return range(rank)
+    return {rank - 1 - i // 2 for i, amount in enumerate(amounts) if amount != 0}
 
 
-def _resized(numbers: Tensor, shape: tuple[int, ...], axes: Any) -> Tensor | None:
+def _resized(numbers: Tensor, shape: tuple[int, ...], axes: Collection[int]) -> Tensor | None:
     """Numbers that are the same along some axes, with other sizes of these."""
+    if numbers.dim() != len(shape):
+        return None
     first = numbers
     for axis in axes:
         first = first.narrow(axis, 0, 1)
     kept = [size if i not in axes else 1 for i, size in enumerate(shape)]
-    if numbers.dim() != len(shape) or list(first.shape) != kept:
+    if list(first.shape) != kept:
         return None
     return first.expand(shape) if bool((numbers == first).all()) else None
 

@@ -125,6 +125,16 @@ def largest(m: Any, x: Tensor) -> Tensor:
     return m.b(y) + m.c(y.amax(1))[:, None]  # type: ignore[no-any-return]
 
 
+def padded_for_one(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x).relu()
+    return m.b(F.pad(y, (1, 1, 1, 1))) + m.c(y)  # type: ignore[no-any-return]
+
+
+def moved_by_padding(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x).relu()
+    return m.b(F.pad(y, (1, -1))) + m.c(y)  # type: ignore[no-any-return]
+
+
 def over_time(m: Any, x: Tensor) -> Tensor:
     return m.b(m.a(x).transpose(1, 2))  # type: ignore[no-any-return]
 
@@ -173,6 +183,16 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Shape]] = {
             lambda m, x: m.b(F.pad(shuffled(m.a(x).relu(), 2), (1, 0, 2, 1))), **convolutions(2)
         ),
         IMAGE,
+    ),
+    "padded for one layer": (
+        lambda: Net(
+            padded_for_one, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 4, 3), c=nn.Conv2d(8, 4, 1)
+        ),
+        IMAGE,
+    ),
+    "moved by padding": (
+        lambda: Net(moved_by_padding, a=nn.Linear(4, 6), b=nn.Linear(6, 5), c=nn.Linear(6, 5)),
+        TOKENS,
     ),
     "shuffle, transposed convolution": (
         lambda: Net(
@@ -267,19 +287,22 @@ def test_gates_that_cannot_be_followed_are_one() -> None:
     assert gates.shape == ()
 
 
-def test_gates_that_a_file_does_not_place_count_at_their_most_bits() -> None:
+@pytest.mark.parametrize(
+    ("op", "channels"), [(torch.ops.aten.slice.Tensor, 2), (torch.ops.aten.pad.default, 4)]
+)
+def test_gates_that_a_file_does_not_place_count_at_their_most_bits(op: Any, channels: int) -> None:
     graph, layout = CostGraph(), FileLayout((2, 4, 8), (1, 4, 1, 1))
     x = graph.input((1, 4, 2, 2), torch.float32)
     high = np.array([3, 15, 3, 255]).reshape(1, 4, 1, 1)
     rounded = graph.activation(x, 0 * high, high, np.ones((1, 4, 1, 1)), layout)
-    part = graph.call(torch.ops.aten.slice.Tensor, (rounded,), (1, 2, 2, 2))  # which two?
-    weight = graph.weight(np.full((3, 2, 1, 1), 7), (), FileLayout((4,)))
+    part = graph.call(op, (rounded,), (1, channels, 2, 2))  # which ones?
+    weight = graph.weight(np.full((3, channels, 1, 1), 7), (), FileLayout((4,)))
     made = graph.call(torch.ops.aten.conv2d.default, (part, weight), (1, 3, 2, 2))
     (state,), _ = graph.count([made], parse_budget("bops <= 1"), Manifest(batch=1))
-    assert state.value == 3 * 4 * 2 * 4 * 8
+    assert state.value == 3 * 4 * channels * 4 * 8
 
 
-FILES = ["heads", "shuffle", "parts", "one token", "the largest"]
+FILES = ["heads", "shuffle", "padded for one layer", "parts", "one token", "the largest"]
 
 
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])

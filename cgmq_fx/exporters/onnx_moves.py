@@ -14,7 +14,7 @@ Constant: TypeAlias = Callable[[str], Array | None]
 """The value of an input that can be told without running anything."""
 
 _ATEN = torch.ops.aten
-_TOLD = ("Transpose", "ReduceMean", "ReduceMax", "Split", "Slice", "Gather")
+_TOLD = ("Transpose", "ReduceMean", "ReduceMax", "Split", "Slice", "Gather", "Pad")
 
 
 def moved(
@@ -51,6 +51,8 @@ def moved(
         return _ATEN.slice.Tensor, (given[0], axis, start, start + described(output)[0][axis])
     if node.op_type == "Slice":
         return target, (*given, *_slice(rest))
+    if node.op_type == "Pad":
+        return target, (*given, *_amounts(rest))
     place = rest[0] if target is _ATEN.index_select.default else None
     if place is not None and place.ndim == 0:
         return _ATEN.select.int, (given[0], axis, int(place))
@@ -64,3 +66,13 @@ def _slice(rest: Sequence[Array | None]) -> tuple[int, ...]:
         return ()
     (start,), (end,), (axis,), (step,) = (*found, [1])[:4]
     return (axis, start, end, step) if step > 0 else ()
+
+
+def _amounts(rest: Sequence[Array | None]) -> tuple[list[int], ...]:
+    """What a node adds before and behind every axis, the last axis first; else nothing."""
+    amounts = rest[0] if 0 < len(rest) < 3 else None  # the third names the axes
+    if amounts is None:
+        return ()
+    numbers = [int(n) for n in amounts.ravel()]
+    rank = len(numbers) // 2
+    return ([n for i in reversed(range(rank)) for n in (numbers[i], numbers[rank + i])],)
