@@ -282,11 +282,14 @@ class InsertQuantizers(Pass):
             places = [p for node in group for p in wanted[node]]
             scheme = selection.scheme_of((p.reader for p in places), places[0].role)
             specs = [_spec(scheme, wanted[node], self.batched) for node in group]
-            spec = replace(specs[0], signed=any(spec.signed for spec in specs))
+            signed = {own.gate_shape for own in specs if own.signed}
+            paths: dict[tuple[int, ...], str] = {}
             for node, own in zip(group, specs, strict=True):
-                if node is group[0] or own.gate_shape != spec.gate_shape:
-                    path = _make(module, node, spec if node is group[0] else own)
-                _insert(module, node, path, selection)
+                gates = own.gate_shape
+                if gates not in paths:
+                    spec = replace(own, signed=gates in signed)
+                    paths[gates] = _make(module, node, spec)
+                _insert(module, node, paths[gates], selection)
         if self.scheme.rounded_output is not None:
             self._insert_all(module, selection, ([place] for place in _outputs(module)))
             _fix_outputs(module, self.scheme.rounded_output)

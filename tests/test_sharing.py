@@ -14,9 +14,11 @@ from torch.nn import functional as F
 
 import cgmq_fx
 from cgmq_fx import Scheme
+from cgmq_fx.cost_models.facts import Role
 from cgmq_fx.graphs import float_graph
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.insert import QUANTIZERS
+from cgmq_fx.passes.quantizer import Quantizer
 from tests.deploy_nets import assert_counted
 from tests.nets import quantized
 from tests.test_bias import biases
@@ -118,6 +120,22 @@ class Blocks(nn.Module):
         return x
 
 
+class Maps(nn.Module):
+    """One layer for vectors, and between them for what a map of two channels is flattened to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.mix = nn.Linear(8, 8), nn.Conv1d(2, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = torch.tanh(self.layer(x))
+        x = torch.tanh(self.mix(x.view(-1, 2, 4))).flatten(1)
+        for _ in range(3):
+            x = torch.tanh(self.layer(x))
+        return x
+
+
 def shared(module: GraphModule) -> list[int]:
     """How many tensors a quantizer of activations has, where it has several."""
     called: dict[str, int] = {}
@@ -127,9 +145,9 @@ def shared(module: GraphModule) -> list[int]:
     return [count for count in called.values() if count > 1]
 
 
-def graph_of(net: nn.Module, *shapes: tuple[int, ...]) -> GraphModule:
+def graph_of(net: nn.Module, *shapes: tuple[int, ...], scheme: Scheme | None = None) -> GraphModule:
     inputs = ExampleInputs(tuple(torch.randn(2, *shape) for shape in shapes))
-    return quantized(float_graph(net, inputs))
+    return quantized(float_graph(net, inputs), scheme)
 
 
 RECURRENT: dict[str, tuple[Callable[[], nn.Module], int, list[int]]] = {
@@ -173,6 +191,18 @@ def test_a_block_that_is_repeated_shares_but_for_its_first_input(count: int) -> 
     module = graph_of(Blocks(count), (4,))
     assert sorted(shared(module)) == [count - 1, count]
     assert len(biases(module)) == 1 + 2 + 1
+
+
+def test_tensors_share_where_their_gates_have_one_shape() -> None:
+    module = graph_of(Maps(), (8,), scheme=Scheme(activations="channel"))
+    found = []
+    for node in module.graph.find_nodes(op="call_module"):
+        owner = module.get_submodule(str(node.target))
+        if isinstance(owner, Quantizer) and owner.spec.role is Role.ACTIVATION:
+            found.append((owner.spec.gate_shape, tuple(node.meta["val"].shape)))
+    vector = ((1, 8), (2, 8))
+    assert found == [vector, vector, ((), (2, 8)), ((1, 2, 1), (2, 2, 4)), vector, vector]
+    assert shared(module) == [3]  # all but the first vector, which is the input
 
 
 def errors(net: nn.Module, data: list[Tensor]) -> list[float]:
