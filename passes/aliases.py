@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 
 def may_alias(node: Node) -> bool:
@@ -44,8 +45,12 @@ def memory_path(node: Node) -> list[Node]:
 
 def writes(node: Node) -> bool:
     """Whether a node writes into its first argument."""
-    target: Any = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+    return node.op == "call_function" and _writes_first(node.target)
+
+
+@lru_cache(maxsize=4096)
+def _writes_first(target: Any) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
         return False
     info = target._schema.arguments[0].alias_info if target._schema.arguments else None
     return info is not None and info.is_write
@@ -53,5 +58,18 @@ def writes(node: Node) -> bool:
 
 def last_write(node: Node) -> Node | None:
     """The last in-place op on the memory of `node` after it (or `node` itself), or None."""
-    found = [n for n in aliases(node) if writes(n) and not n < node]
-    return max(found) if found else None
+    writers = _writers(node.graph)
+    memory = memory_path(node)[-1] if writers else None
+    found = [n for n in writers if not n < node and memory_path(n)[-1] is memory]
+    return max(found, default=None)
+
+
+def _writers(graph: Graph) -> list[Node]:
+    """The nodes that write into their first argument, from torch's index of nodes by op."""
+    calls = graph._find_nodes_lookup_table.table.items()
+    return [
+        node
+        for (op, target), nodes in calls
+        if op == "call_function" and _writes_first(target)
+        for node in nodes
+    ]

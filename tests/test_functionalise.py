@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from cgmq_fx import Scheme, load, prepare
 from cgmq_fx.graphs import float_graph
-from cgmq_fx.passes.capture import ExampleInputs
-from tests.nets import call, distance, ops, quantizers
+from cgmq_fx.passes import aliases
+from cgmq_fx.passes.capture import ExampleInputs, capture
+from tests.nets import call, distance, ops, quantized, quantizers
 
 Edit = Callable[[Tensor], Tensor]
 ROUNDING = 0.02
@@ -255,3 +256,17 @@ def test_what_stays_in_place_is_quantized_behind_the_write(make: Callable[[], nn
 def test_what_was_clipped_and_is_written_is_signed() -> None:
     result = prepare(Edits(detached).eval(), "bops <= 100%", torch.randn(8, 4)).finalize()
     assert all(q.signed for q in quantizers(result.model).values())
+
+
+@pytest.mark.parametrize("make", [*(partial(Edits, edit) for edit in EDITS), *LEFT])
+def test_the_last_write_is_that_of_all_that_share_memory(make: Callable[[], nn.Module]) -> None:
+    graph = capture(make(), ExampleInputs((torch.randn(3, 4),))).module.graph
+    for node in graph.nodes:
+        written = [n for n in aliases.aliases(node) if aliases.writes(n) and not n < node]
+        assert aliases.last_write(node) is max(written, default=None)
+
+
+def test_memory_is_not_searched_where_nothing_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = float_graph(Edits(views_of_views), ExampleInputs((torch.randn(3, 4),)))
+    monkeypatch.setattr(aliases, "memory_path", pytest.fail)
+    assert quantizers(quantized(captured))
