@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 
 def may_alias(node: Node) -> bool:
@@ -58,18 +58,7 @@ def _writes_first(target: Any) -> bool:
 
 def last_write(node: Node) -> Node | None:
     """The last in-place op on the memory of `node` after it (or `node` itself), or None."""
-    writers = _writers(node.graph)
+    writers = [n for n in node.graph.nodes if writes(n)]
     memory = memory_path(node)[-1] if writers else None
     found = [n for n in writers if not n < node and memory_path(n)[-1] is memory]
     return max(found, default=None)
-
-
-def _writers(graph: Graph) -> list[Node]:
-    """The nodes that write into their first argument, from torch's index of nodes by op."""
-    calls = graph._find_nodes_lookup_table.table.items()
-    return [
-        node
-        for (op, target), nodes in calls
-        if op == "call_function" and _writes_first(target)
-        for node in nodes
-    ]
