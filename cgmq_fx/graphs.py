@@ -29,7 +29,7 @@ from cgmq_fx.passes.normalise import (
     SwitchModes,
 )
 from cgmq_fx.passes.scheme import Scheme
-from cgmq_fx.passes.shapes import CompleteShapes, MarkVaryingAxes, PropagateShapes
+from cgmq_fx.passes.shapes import CompleteShapes, PropagateShapes
 from cgmq_fx.passes.wrappers import InlineRegions
 from cgmq_fx.turns import TURN
 
@@ -82,9 +82,7 @@ def quantized_graph(captured: Captured, scheme: Scheme) -> tuple[GraphModule, Gr
         UnsupportedModelError: If nothing in it can be quantized.
     """
     batch = captured.inputs.batch
-    marked = captured.dynamic and scheme.activations == "channel"
     passes = [
-        *([MarkVaryingAxes(captured.inputs)] if marked else []),
         InsertQuantizers(scheme, batched=batch is not None),
         QuantizeBiases(),
         CompleteShapes(captured.inputs),

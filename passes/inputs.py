@@ -86,13 +86,9 @@ class ExampleInputs:
         if self.batch != 1:
             return ()
         widest = max(t.dim() for t in self.tensors)
-        found = self.repeated()
+        found = self._map_batched(lambda t: torch.cat([t, t]))
         least = self._map_batched(lambda t: torch.cat([t, t]) if t.dim() == widest else t)
         return (found,) if found.axes == least.axes else (found, least)
-
-    def repeated(self) -> ExampleInputs:
-        """The same with every sample twice."""
-        return self._map_batched(lambda t: torch.cat([t, t]))
 
     def rows(self, start: int, stop: int) -> ExampleInputs:
         """The same with these samples of the batch only."""

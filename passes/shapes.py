@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import Argument, Target
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
@@ -27,15 +27,10 @@ from cgmq_fx.passes.copying import copy_graph
 from cgmq_fx.passes.guard import WorkGuard, check_arithmetic, check_value
 from cgmq_fx.passes.infra import Pass, PassResult
 from cgmq_fx.passes.inputs import ExampleInputs
-from cgmq_fx.passes.optable import argument, compute_op
 from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer
-from cgmq_fx.passes.state import reachable_from_inputs
 
 EXAMPLE = "cgmq_example"
 """The `node.meta` key of what an op returned for the example: a number, a `Like`, a tuple."""
-
-VARYING = "cgmq_varying"
-"""The `node.meta` key of the axes of a tensor whose sizes follow the number of samples."""
 
 _UNKNOWABLE = (DataDependentOutputException, DynamicOutputShapeException)
 
@@ -101,60 +96,6 @@ class CompleteShapes(Pass):
         with torch.no_grad():
             _Completer(module, mode).run(*leaves, enable_io_processing=False)
         return PassResult(module, modified=False)
-
-
-@dataclass(frozen=True)
-class MarkVaryingAxes(Pass):
-    """Note which sizes follow the number of samples, where activations multiply each other.
-
-    Before: a graph with shapes, captured for any batch size. After: `varying_axes` tells of every
-    node, as far as the graph takes another number of samples; shapes are as they were. Nothing is
-    noted where every product has a factor of the state: its size is what is multiplied and summed.
-    """
-
-    inputs: ExampleInputs
-
-    def run(self, module: GraphModule) -> PassResult:
-        """Compare the shapes with those for twice the samples."""
-        if _multiplies_activations(module.graph):
-            for node, value in _values_for(module, self.inputs.repeated()).items():
-                node.meta[VARYING] = _differing(node.meta["val"], value)
-        return PassResult(module, modified=False)
-
-
-def _values_for(module: GraphModule, inputs: ExampleInputs) -> dict[Node, Any]:
-    """What nodes would return for other inputs; nothing if the graph does not take those."""
-    before = {node: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
-    try:
-        PropagateShapes(inputs).run(module)
-        return {node: node.meta["val"] for node in before}
-    except Exception:  # noqa: BLE001 - sizes may follow from values, known for the example only
-        return {}
-    finally:
-        for node, value in before.items():
-            node.meta["val"] = value
-
-
-def varying_axes(node: Node) -> tuple[int, ...]:
-    """The axes of a node's tensor whose sizes follow the number of samples, where that is known."""
-    found: tuple[int, ...] = node.meta.get(VARYING, ())
-    return found
-
-
-def _multiplies_activations(graph: Graph) -> bool:
-    live = reachable_from_inputs(graph)
-    return any(
-        {argument(node, op.activation), argument(node, op.weight)} <= live
-        for node in graph.nodes
-        if (op := compute_op(node)) is not None
-    )
-
-
-def _differing(first: Any, second: Any) -> tuple[int, ...]:
-    if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
-        return ()
-    sizes = enumerate(zip(first.shape, second.shape, strict=False))
-    return tuple(axis for axis, (own, other) in sizes if own != other)
 
 
 class _Propagator(FakeTensorProp):
