@@ -266,7 +266,8 @@ def _check_costs(report: CostReport, rows: list[dict[str, Any]]) -> None:
             raise CostModelError(
                 f"{state.constraint.model.name!r} counts {state.value:g} on the model in the file, "
                 f"and counted {before:g} when it was written; if the model has arguments, give it "
-                "as cost_models="
+                "as cost_models=; a file of an older version may have been counted wrong where a "
+                "size is that of the batch: quantize again"
             )
 
 
@@ -301,6 +302,7 @@ def _inputs_to_json(inputs: ExampleInputs) -> dict[str, Any]:
         "args": [_input_to_json(a) for a in inputs.args],
         "kwargs": {k: _input_to_json(v) for k, v in inputs.kwargs.items()},
         "batched": None if inputs.batched is None else list(inputs.batched),
+        "fixed": inputs.fixed,
     }
 
 
@@ -319,7 +321,7 @@ def _input_to_json(value: Any) -> Any:
 def _inputs_from_json(data: Mapping[str, Any]) -> ExampleInputs:
     args = tuple(_input_from_json(a) for a in data["args"])
     kwargs = {str(k): _input_from_json(v) for k, v in data["kwargs"].items()}
-    inputs = ExampleInputs(args, kwargs)
+    inputs = ExampleInputs(args, kwargs, fixed=data.get("fixed") is True)
     count, known = len(inputs.tensors), data.get("batched")
     if known is None:  # written before this was, when sizes had to agree
         return inputs if inputs.agrees else replace(inputs, batched=(False,) * count)

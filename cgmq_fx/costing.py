@@ -25,8 +25,7 @@ from cgmq_fx.cost_models import (
 )
 from cgmq_fx.cost_models.errors import BudgetError, OptionError, UnsupportedModelError
 from cgmq_fx.data import example_inputs_of
-from cgmq_fx.graphs import float_graph, quantized_graph
-from cgmq_fx.passes.annotate import annotate
+from cgmq_fx.graphs import facts_of, float_graph, quantized_graph
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.presets import TargetLike, deployment
 from cgmq_fx.terminal import columns, escape, fitting, text_of, titled
@@ -184,7 +183,7 @@ def cost(
     try:
         _, facts = quantized_graph(captured, where.scheme(scheme))
     except UnsupportedModelError:  # nothing multiplies; what it stores still costs
-        facts = annotate(captured.module, captured.inputs.batch or 1)
+        facts = facts_of(captured.module, captured.inputs)
     ledgers = {bits: Ledger(facts, budget, uniform_bits(facts, bits)) for bits in UNIFORM}
     rows = tuple(
         CostRow(

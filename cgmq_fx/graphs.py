@@ -29,7 +29,7 @@ from cgmq_fx.passes.normalise import (
     SwitchModes,
 )
 from cgmq_fx.passes.scheme import Scheme
-from cgmq_fx.passes.shapes import CompleteShapes, PropagateShapes
+from cgmq_fx.passes.shapes import CompareBatches, CompleteShapes, PropagateShapes
 from cgmq_fx.passes.wrappers import InlineRegions
 from cgmq_fx.turns import TURN
 
@@ -71,7 +71,7 @@ def normalised(captured: Captured) -> Captured:
     module = run_passes(captured.module, passes)
     inputs = captured.inputs
     if not captured.dynamic:
-        inputs = replace(inputs, batched=fixed_axes(module, inputs))
+        inputs = replace(inputs, batched=fixed_axes(module, inputs), fixed=True)
     return replace(captured, module=module, inputs=inputs)
 
 
@@ -81,11 +81,16 @@ def quantized_graph(captured: Captured, scheme: Scheme) -> tuple[GraphModule, Gr
     Raises:
         UnsupportedModelError: If nothing in it can be quantized.
     """
-    batch = captured.inputs.batch
     passes = [
-        InsertQuantizers(scheme, batched=batch is not None),
+        InsertQuantizers(scheme, batched=captured.inputs.batch is not None),
         QuantizeBiases(),
         CompleteShapes(captured.inputs),
     ]
     module = run_passes(captured.module, passes)
-    return module, annotate(module, batch or 1)
+    return module, facts_of(module, captured.inputs)
+
+
+def facts_of(module: GraphModule, inputs: ExampleInputs) -> GraphFacts:
+    """Count the facts of a graph that has the shapes of its example inputs."""
+    run_passes(module, [CompareBatches(inputs.twice)])
+    return annotate(module, inputs.batch or 1)

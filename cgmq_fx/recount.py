@@ -29,7 +29,7 @@ from cgmq_fx.cost_models.tables import TableModel
 from cgmq_fx.passes.annotate import annotate
 from cgmq_fx.passes.capture import ExampleInputs
 from cgmq_fx.passes.freeze import read_bits
-from cgmq_fx.passes.shapes import PropagateShapes
+from cgmq_fx.passes.shapes import CompareBatches, PropagateShapes
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ def count(
         The cost of every constraint and of every node.
     """
     PropagateShapes(inputs, trusted).run(module)
+    CompareBatches(inputs.twice, trusted).run(module)
     facts = annotate(module, inputs.batch or 1)
     ledger = Ledger(facts, budget, read_bits(module))
     per_node = tuple(ledger.node_costs(i) for i in range(len(budget)))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import replace
 
 from torch import SymInt, Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from cgmq_fx.cost_models.facts import (
     GraphFacts,
@@ -28,13 +27,12 @@ from cgmq_fx.passes.opaque import OpaqueCall, opaque_call
 from cgmq_fx.passes.optable import ComputeOp, compute_op, is_known
 from cgmq_fx.passes.pairing import Met
 from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer
+from cgmq_fx.passes.samples import Samples
 from cgmq_fx.passes.state import (
     bits_of,
     groups_of,
-    grows_with_batch,
     quantizer_name,
     quantizer_of,
-    reachable_from_inputs,
     shape_of,
     tensor_at,
     value_of,
@@ -44,34 +42,11 @@ from cgmq_fx.passes.tracing import assumptions
 _OWN = (QUANTIZERS, BIASES)
 
 
-@dataclass(frozen=True)
-class _Samples:
-    """What depends on the input, and what of it is there once per sample.
-
-    Attributes:
-        live: The nodes whose value or size depends on the model's input.
-        growing: Those whose tensors hold something of every sample.
-        batch: The batch size of the shapes.
-    """
-
-    live: set[Node]
-    growing: set[Node]
-    batch: int
-
-    @staticmethod
-    def of(graph: Graph, batch: int) -> _Samples:
-        return _Samples(reachable_from_inputs(graph), grows_with_batch(graph, batch), batch)
-
-    def share(self, count: int, *nodes: Node) -> int:
-        """What one sample has of a count, if it is a count for all in one of these nodes."""
-        return count // self.batch if any(node in self.growing for node in nodes) else count
-
-
 def _operands(
     module: GraphModule,
     node: Node,
     op: ComputeOp,
-    samples: _Samples,
+    samples: Samples,
     pruning: Pruning | None,
 ) -> tuple[Operand, ...]:
     """Weight first, then activation; of two activations, in the order of the op."""
@@ -103,9 +78,9 @@ def _operand(
     node: Node,
     found: tuple[str, Quantizer] | None,
     met: Met,
-    samples: _Samples,
+    samples: Samples,
 ) -> Operand:
-    elements = samples.share(prod(shape_of(node) or ()), node)
+    elements = samples.elements(node)
     role = Role.ACTIVATION if node in samples.live else Role.WEIGHT
     return Operand(role, elements, found[0] if found else None, met.shape, order=met.order)
 
@@ -177,23 +152,21 @@ def _facts(
     module: GraphModule,
     node: Node,
     stored: list[Stored],
-    samples: _Samples,
+    samples: Samples,
     pruning: Pruning | None,
 ) -> NodeFacts:
     op, shape = compute_op(node), shape_of(node) or ()
     macs = 0
     factors: tuple[Operand, ...] = ()
     if op is not None:
-        both = operands(node, op)
-        first, second = (shape_of(f) or () for f in both)
-        macs = samples.share(op.macs(first, second, shape), *both)
+        macs = samples.count(op.macs, *operands(node, op), node)
         factors = _operands(module, node, op, samples, pruning)
     return NodeFacts(
         name=node.name,
         op=str(node.target),
         macs=macs,
         operands=factors,
-        output_elements=samples.share(prod(shape), node) if shape else 0,
+        output_elements=samples.elements(node) if shape else 0,
         output_shape=shape,
         groups=groups_of(node) if op else 1,
         stored=tuple(stored),
@@ -223,13 +196,12 @@ def _is_constant_integers(node: Node, live: set[Node]) -> bool:
     return not (made.is_floating_point() or made.is_complex())
 
 
-def _quantizer_facts(module: GraphModule, samples: _Samples) -> Iterator[QuantizerFacts]:
+def _quantizer_facts(module: GraphModule, samples: Samples) -> Iterator[QuantizerFacts]:
     for node in module.graph.nodes:
         owner = _called(module, node)
         if not isinstance(owner, Quantizer):
             continue
-        elements = samples.share(prod(shape_of(node) or ()), node)
-        spec = owner.spec
+        spec, elements = owner.spec, samples.elements(node)
         yield QuantizerFacts(
             quantizer_name(node), spec.role, owner.bits.numel(), spec.bit_widths, elements
         )
@@ -240,14 +212,15 @@ def annotate(module: GraphModule, batch: int) -> GraphFacts:
 
     Args:
         module: A graph with shapes; quantizers may be in it or not.
-        batch: The batch size that the shapes were taken with.
+        batch: The batch size of the example. What a sample has is told by shapes at twice that,
+            where the graph has them, else by sizes alone.
 
     Returns:
         The facts, in execution order. Ops that no table knows are listed in `unknown`, unless they
         give integers and depend on no input; modules that run as they are in `opaque`, and the MACs
         of those are what torch's counter finds, in float.
     """
-    samples = _Samples.of(module.graph, batch)
+    samples = Samples.of(module.graph, batch)
     stored, (makers, readers) = _stored(module), _prunings(module)
     stored.update({n: _shortened(stored[n], p) for n, p in makers.items() if n in stored})
     nodes, unknown, opaque = [], [], []
@@ -262,7 +235,7 @@ def annotate(module: GraphModule, batch: int) -> GraphFacts:
         if not (is_known(node) or _is_constant_integers(node, samples.live)):
             unknown.append(f"{node.name} ({node.target}{', ' if place(node) else ''}{place(node)})")
     quantizers = {q.name: q for q in _quantizer_facts(module, samples)}
-    tensors = liveness(module, samples.live, samples.share)
+    tensors = liveness(module, samples.live, samples.elements)
     return GraphFacts(
         tuple(nodes),
         quantizers,

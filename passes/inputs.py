@@ -20,11 +20,13 @@ class ExampleInputs:
         kwargs: Keyword arguments.
         batched: For each of `tensors`, whether its dimension 0 is the batch, once that was found
             out from the model; None before.
+        fixed: Whether the model takes this batch size only, as far as that is known.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     batched: tuple[bool, ...] | None = None
+    fixed: bool = False
 
     @property
     def leaves(self) -> list[Any]:
@@ -89,6 +91,13 @@ class ExampleInputs:
         found = self._map_batched(lambda t: torch.cat([t, t]))
         least = self._map_batched(lambda t: torch.cat([t, t]) if t.dim() == widest else t)
         return (found,) if found.axes == least.axes else (found, least)
+
+    @property
+    def twice(self) -> ExampleInputs | None:
+        """What has the shapes of twice as many samples, but no memory; None if there is no such."""
+        if self.fixed or self.batch in (None, 1):
+            return None
+        return self._map_batched(lambda t: t.new_zeros(()).expand(2 * len(t), *t.shape[1:]))
 
     def rows(self, start: int, stop: int) -> ExampleInputs:
         """The same with these samples of the batch only."""

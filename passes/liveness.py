@@ -28,14 +28,14 @@ _LAST = 1 << 60
 
 
 def liveness(
-    module: GraphModule, live: set[Node], share: Callable[[int, Node], int]
+    module: GraphModule, live: set[Node], elements: Callable[[Node], int]
 ) -> tuple[TensorFacts, ...]:
     """The tensors that depend on the model's input, with their lifetimes.
 
     Args:
         module: A graph with shapes.
         live: The nodes that depend on the input.
-        share: What one sample has of the elements of a node.
+        elements: The elements of a node that one sample has.
 
     Returns:
         The tensors in the order in which they are written.
@@ -49,7 +49,7 @@ def liveness(
     return tuple(
         TensorFacts(
             name=root.name,
-            elements=share(_size(root), root),
+            elements=elements(root),
             first=0 if root.op == "placeholder" else steps[root],
             last=min(_last_use(nodes, storage, steps), len(steps) - 1),
             quantizer=widths.get(root),

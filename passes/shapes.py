@@ -8,6 +8,7 @@ nodes returned is kept in `meta["cgmq_example"]`, where later propagations find 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +29,13 @@ from cgmq_fx.passes.guard import WorkGuard, check_arithmetic, check_value
 from cgmq_fx.passes.infra import Pass, PassResult
 from cgmq_fx.passes.inputs import ExampleInputs
 from cgmq_fx.passes.quantizer import BiasQuantizer, Quantizer
+from cgmq_fx.passes.state import reachable_from_inputs
 
 EXAMPLE = "cgmq_example"
 """The `node.meta` key of what an op returned for the example: a number, a `Like`, a tuple."""
+
+DOUBLED = "cgmq_doubled"
+"""The `node.meta` key of the shape that a node's tensor has for twice as many samples."""
 
 _UNKNOWABLE = (DataDependentOutputException, DynamicOutputShapeException)
 
@@ -88,14 +93,56 @@ class CompleteShapes(Pass):
 
     def run(self, module: GraphModule) -> PassResult:
         """Interpret what is new, on the fake tensors that are there."""
-        values = [node.meta.get("val") for node in module.graph.nodes]
-        mode = detect_fake_mode(values)
+        mode = _mode_of(module)
         if mode is None:
             return PropagateShapes(self.inputs).run(module)
         leaves = [None] * len(module.graph.find_nodes(op="placeholder"))
         with torch.no_grad():
             _Completer(module, mode).run(*leaves, enable_io_processing=False)
         return PassResult(module, modified=False)
+
+
+@dataclass(frozen=True)
+class CompareBatches(Pass):
+    """Record the shapes of another batch: what they tell of samples, no accident of sizes does.
+
+    Before: a graph with the shapes of its example inputs. After: `meta["cgmq_doubled"]` of every
+    node that depends on an input is the shape of its tensor for the inputs `doubled`, which have
+    twice as many samples. No node has it if there are no such inputs, the graph does not take them,
+    or values decide on its sizes.
+    """
+
+    doubled: ExampleInputs | None
+    trusted: bool = True
+
+    def run(self, module: GraphModule) -> PassResult:
+        """Interpret what depends on the inputs once more."""
+        for node in module.graph.nodes:
+            node.meta.pop(DOUBLED, None)
+        mode, known = _mode_of(module), any(EXAMPLE in n.meta for n in module.graph.nodes)
+        if self.doubled is not None and mode is not None and not known:
+            with suppress(Exception):  # whatever it is, the graph does not take this batch
+                self._record(module, self.doubled.leaves, mode)
+        return PassResult(module, modified=False)
+
+    def _record(self, module: GraphModule, leaves: list[Any], mode: FakeTensorMode) -> None:
+        doubler = (_Doubler if self.trusted else _GuardedDoubler)(module, mode)
+        with torch.no_grad():
+            fake = [_contiguous(mode, x) if isinstance(x, Tensor) else x for x in leaves]
+            doubler.run(*fake, enable_io_processing=False)
+        for node, shape in doubler.shapes.items():
+            node.meta[DOUBLED] = shape
+
+
+def _contiguous(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """A tensor of a shape, however that is laid out in memory."""
+    return mode.from_tensor(tensor).contiguous()
+
+
+def _mode_of(module: GraphModule) -> FakeTensorMode | None:
+    """The mode of the fake tensors in a graph."""
+    found: FakeTensorMode | None = detect_fake_mode([n.meta.get("val") for n in module.graph.nodes])
+    return found
 
 
 class _Propagator(FakeTensorProp):
@@ -166,6 +213,43 @@ class _GuardedPropagator(_Propagator):
         else:
             check_arithmetic(target, (*args, *kwargs.values()))
         return super().call_function(target, args, kwargs)
+
+
+class _Doubler(_Propagator):
+    """The same for another batch: it keeps what depends on no input, and leaves `meta` as it is.
+
+    Attributes:
+        shapes: The shapes of the tensors that depend on an input.
+    """
+
+    def __init__(self, module: GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(module, mode)
+        self.shapes: dict[Node, tuple[int, ...]] = {}
+        self._live = reachable_from_inputs(module.graph)
+        self._made: dict[Any, Any] = {}
+
+    def run_node(self, n: Node) -> Any:
+        if n not in self._live:
+            return n.meta.get("val")
+        value = Interpreter.run_node(self, n)
+        check_value(n, value)
+        if isinstance(value, Tensor):
+            self.shapes[n] = tuple(value.shape)
+        return value
+
+    def call_function(
+        self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if not isinstance(target, torch._ops.OpOverload):
+            return super().call_function(target, args, kwargs)
+        call = (target, _like((*args, *kwargs.items())))  # models repeat their layers
+        if call not in self._made:
+            self._made[call] = super().call_function(target, args, kwargs)
+        return self._made[call]
+
+
+class _GuardedDoubler(_Doubler, _GuardedPropagator):
+    """The same for a graph that is not trusted."""
 
 
 def _examples(module: GraphModule, inputs: ExampleInputs) -> dict[str, Any]:

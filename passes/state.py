@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from math import prod
 from typing import Any
 
-import torch
 from torch import SymInt, Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
@@ -100,52 +98,6 @@ def computed_from_inputs(graph: Graph) -> set[Node]:
         if node.op == "placeholder" or not (made or found.isdisjoint(node.all_input_nodes)):
             found.add(node)
     return found
-
-
-def grows_with_batch(graph: Graph, batch: int) -> set[Node]:
-    """The nodes whose tensors hold something of every sample, by the shapes of the example.
-
-    What is made from another size than that of the batch (a causal mask, a table of positions) is
-    there once for all samples, and so is an input without a batch and what is made from it alone.
-
-    Args:
-        graph: A graph with shapes.
-        batch: The batch size that they were taken with.
-    """
-    found: set[Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            grows = (shape_of(node) or (0,))[0] == batch
-        elif isinstance(value_of(node), int | SymInt):
-            grows = _counts_samples(node, found, batch)
-        else:
-            grows = not found.isdisjoint(node.all_input_nodes) and not _is_one_for_all(node, batch)
-        if grows:
-            found.add(node)
-    return found
-
-
-def _counts_samples(node: Node, found: set[Node], batch: int) -> bool:
-    """Whether a number is the batch size, or computed from it."""
-    if node.target is not torch.ops.aten.sym_size.int:
-        return not found.isdisjoint(node.all_input_nodes)
-    tensor, axis = node.all_input_nodes[0], int(argument(node, "dim"))
-    if tensor not in found:
-        return False
-    shape = shape_of(tensor) or (batch,)
-    if shape[0] == batch:  # else time is first, and the batch is elsewhere
-        return axis in (0, -len(shape))
-    return shape[axis] == batch
-
-
-def _is_one_for_all(node: Node, batch: int) -> bool:
-    """Whether an op takes one sample out of the batch, or leaves no place for one."""
-    shape = shape_of(node)
-    if node.target is torch.ops.aten.select.int and len(node.args) > 1:  # a file may not say which
-        given = shape_of(node.all_input_nodes[0]) or (0,)
-        if node.args[1] in (0, -len(given)) and given[0] == batch:
-            return True
-    return shape is not None and prod(shape) % batch != 0
 
 
 def view_root(node: Node) -> Node:

@@ -112,6 +112,99 @@ class Causal(nn.Module):
         return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
 
 
+class TimeFirst(nn.Module):
+    """Takes the last step of what has its steps first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.outer(self.inner(x).relu().permute(1, 0, 2)[-1]))
+
+
+class Heads(nn.Module):
+    """Attention that picks queries, keys and values from one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.inner(x).reshape(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        heads = (parts[0] @ parts[1].mT).softmax(-1) @ parts[2]
+        return cast(Tensor, self.outer(heads.transpose(1, 2).reshape(x.shape)))
+
+
+class Centred(nn.Module):
+    """Takes away what a small network makes of the mean of all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.mean = nn.Linear(6, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        return cast(Tensor, x - self.mean(x.mean(0)))
+
+
+class Tabled(nn.Module):
+    """Compares with a table that is computed from parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.rand(4, 5))
+        self.inner, self.rows = nn.Linear(6, 8), nn.Linear(5, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.inner(x) @ self.rows(self.table).T)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.GRU(6, 4, batch_first=True), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.outer(self.inner(x)[0][:, -1]))
+
+
+class Folded(nn.Module):
+    """Takes every step for a sample, and then none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = self.inner(x.flatten(0, 1)).unflatten(0, (x.shape[0], -1))
+        return cast(Tensor, self.outer(steps.mean(1)))
+
+
+class Pairs(nn.Module):
+    """Compares every sample with the one behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.inner(x).unflatten(0, (-1, 2)).unbind(1)
+        return cast(Tensor, first - second)
+
+
+class Squeezed(nn.Module):
+    """Squeezes whatever has one element: with one sample, the batch as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Conv1d(4, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.adaptive_avg_pool1d(self.inner(x), 1).squeeze()
+        return cast(Tensor, self.outer(x).softmax(1))
+
+
 def macs(model: Any, inputs: Any) -> float:
     return cgmq_fx.cost(model, inputs, "macs")["macs"].totals[32]
 
@@ -171,6 +264,61 @@ def test_what_is_there_once_for_all_samples_costs_every_sample(
     assert result.cost.states[0].value <= 12_000
     exported = result.export(tmp_path / "net.pt2")
     assert exported.certificate.states[0].value == result.cost.states[0].value
+
+
+AS_LARGE = [  # MACs per sample; some other size is 3, some is 4
+    pytest.param(TimeFirst(), (4, 6), 4 * 6 * 8 + 8 * 5, id="time first"),
+    pytest.param(TimeFirst(), (3, 6), 3 * 6 * 8 + 8 * 5, id="time first, of 3 steps"),
+    pytest.param(Heads(), (4, 8), 4 * 8 * 24 + 2 * 2 * 4 * 4 * 4 + 4 * 8 * 8, id="picked heads"),
+    pytest.param(Centred(), (6,), 6 * 4 + 4 * 4, id="a mean of all samples"),
+    pytest.param(Placed(counted), (4, 8), 4 * 8 * 8, id="places, which are constant"),
+    pytest.param(Placed(summed), (3, 8), 3 * (8 * 8 + 16 + 16 * 8), id="places of a sample"),
+    pytest.param(Tabled(), (3, 6), 3 * 6 * 8 + 3 * 8 * 4, id="a table"),
+    pytest.param(Recurrent(), (4, 6), 4 * 12 * 6 + 4 * 12 * 4 + 4 * 4, id="recurrent"),
+    pytest.param(Folded(), (4, 6), 4 * 6 * 8 + 8 * 4, id="steps as samples"),
+    pytest.param(Squeezed(), (4, 5), 3 * 8 * 12 + 8 * 3, id="squeezed"),
+]
+
+
+@pytest.mark.parametrize(("model", "shape", "expected"), AS_LARGE)
+def test_no_size_is_taken_for_the_batch_because_it_is_as_large(
+    model: nn.Module, shape: tuple[int, ...], expected: int
+) -> None:
+    model.eval()
+    every = "bops, macs, weights, activations"
+    found = [cgmq_fx.cost(model, torch.rand(n, *shape), every) for n in (1, 2, 3, 4, 5, 8)]
+    assert found[0]["macs"].totals[32] == expected
+    assert all(costs.rows == found[0].rows for costs in found)
+
+
+@pytest.mark.parametrize("batch", [4, 6, 8])
+def test_samples_that_are_compared_have_their_share(batch: int) -> None:
+    assert macs(Pairs(), torch.rand(batch, 6)) == 6 * 4
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt2", "onnx"])
+@pytest.mark.parametrize("model", [TimeFirst(), Centred()])
+def test_files_of_a_batch_as_large_as_other_sizes_cost_what_the_result_does(
+    model: nn.Module, suffix: str, tmp_path: Path
+) -> None:
+    x = torch.rand(4, 4, 6)
+    bound = "bops <= 30%, activations <= 99%, macs <= 1 Gmac"
+    result = cgmq_fx.prepare(model, bound, x).finalize()
+    assert result.cost["macs"].value == macs(model, torch.rand(7, 4, 6))
+    exported = result.export(tmp_path / f"net.{suffix}")
+    again = cgmq_fx.verify(exported.path)
+    assert [s.value for s in again.states] == [s.value for s in result.cost.states]
+
+
+def test_a_file_of_before_that_was_counted_by_sizes_is_refused_in_words(tmp_path: Path) -> None:
+    result = cgmq_fx.prepare(TimeFirst(), "bops <= 30%", torch.rand(4, 4, 6)).finalize()
+    header, tensors = read(result.save(tmp_path / "new"))
+    del header["inputs"]["fixed"]
+    old = cgmq_fx.load(write(tmp_path / "old", header, tensors))
+    assert old.cost["bops"].value == result.cost["bops"].value
+    header["budget"][0]["counted"] *= 0.9
+    with pytest.raises(cgmq_fx.CgmqError, match="where a size is that of the batch: quantize"):
+        cgmq_fx.load(write(tmp_path / "wrong", header, tensors))
 
 
 def test_a_mask_is_there_once_for_all_samples() -> None:

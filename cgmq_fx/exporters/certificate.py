@@ -284,5 +284,6 @@ def _check_values(path: Path, stated: dict[str, float], states: Iterable[Constra
             raise ArtifactError(
                 f"the certificate of {path} states {value:g} {unit} of {name}, but counted from "
                 f"the file it is {state.value:g}; a cost model with arguments must be given in the "
-                "budget, with these"
+                "budget, with these; an older version may have counted wrong where a size is that "
+                "of the batch: export again"
             )

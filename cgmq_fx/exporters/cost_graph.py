@@ -30,6 +30,7 @@ from cgmq_fx.passes.grid import MAX_GRID_BITS, PASS_THROUGH
 from cgmq_fx.passes.insert import QUANTIZERS, operands
 from cgmq_fx.passes.optable import compute_op, set_argument
 from cgmq_fx.passes.quantizer import Quantizer, QuantizerSpec
+from cgmq_fx.passes.shapes import DOUBLED
 from cgmq_fx.passes.state import quantizer_of, reachable_from_inputs, sources
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -298,6 +299,11 @@ class CostGraph:
         self._steps[node] = step
         return node
 
+    def doubled(self, node: Node, shape: Shape) -> None:
+        """Note the shape that a tensor has for twice the batch."""
+        rank = node.meta["val"].dim()
+        node.meta[DOUBLED] = shape[len(shape) - rank :]
+
     def count(
         self, outputs: Sequence[Node], budget: Budget, manifest: Manifest
     ) -> tuple[tuple[ConstraintState, ...], GraphFacts]:
@@ -352,9 +358,9 @@ class CostGraph:
         quantizer = Quantizer(QuantizerSpec(role, signed, widths, gates, (), batched=True))
         quantizer.bits.copy_(torch.from_numpy(bits.reshape(gates)))
         container.add_module(name, quantizer)
-        value = source.meta["val"]
         node = self._graph.call_module(f"{QUANTIZERS}.{name}", (source,))
-        return self._noted(node, tuple(value.shape), value.dtype)
+        node.meta = {key: source.meta[key] for key in ("val", DOUBLED) if key in source.meta}
+        return node
 
     def _noted(self, node: Node, shape: Shape, dtype: torch.dtype) -> Node:
         node.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")

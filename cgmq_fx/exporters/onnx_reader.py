@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def read_onnx(path: Path) -> Counted:
         manifest = _manifest(model, path)
         if is_qonnx(model):
             model = as_integers(model)
-        reader = _Reader(sized(model, manifest.batch), manifest)
+        reader = _Reader(*sized(model, manifest.batch), manifest)
         outputs = reader.read()
     except ArtifactError:
         raise
@@ -68,8 +69,9 @@ def _manifest(model: Any, path: Path) -> Manifest:
 class _Reader:
     """Walks through the nodes of one model."""
 
-    def __init__(self, model: Any, manifest: Manifest) -> None:
+    def __init__(self, model: Any, doubled: Mapping[str, Shape], manifest: Manifest) -> None:
         self.graph = CostGraph()
+        self._doubled = doubled
         self._manifest = manifest
         self._model = model
         self._constants = {t.name: t for t in model.graph.initializer}
@@ -100,6 +102,8 @@ class _Reader:
         for node in nodes:
             if node.op_type not in ("QuantizeLinear", "Constant"):
                 self._read(node)
+        for name in self._doubled.keys() & self._nodes.keys():
+            self.graph.doubled(self._nodes[name], self._doubled[name])
         return [self._value(name) for name in returned]
 
     def _needed(self) -> set[str]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from cgmq_fx.cost_models.errors import ArtifactError
 
 Array: TypeAlias = npt.NDArray[Any]
+Shape: TypeAlias = tuple[int, ...]
 
 _MOST_ELEMENTS = 1 << 14
 """What has more elements is no shape, and is not computed."""
@@ -24,8 +25,12 @@ _LIKE_THEIR_INPUT = frozenset({"GroupNormalization"})
 """Ops whose output has the shape of their first input, which onnx's inference does not tell."""
 
 
-def sized(model: Any, batch: int) -> Any:
+def sized(model: Any, batch: int) -> tuple[Any, dict[str, Shape]]:
     """The model with sizes for inputs, which every other shape is worked out anew from.
+
+    Returns:
+        The model, and the shapes that its values have for twice the batch; of none where the file
+        insists on a size.
 
     Raises:
         ArtifactError: If it holds functions, ops of other domains or of graphs, tensors in another
@@ -41,16 +46,34 @@ def sized(model: Any, batch: int) -> Any:
         if any(a.g.node or a.graphs for a in node.attribute):
             raise ArtifactError(f"{node.name} ({node.op_type}) holds a graph of its own")
     del model.graph.value_info[:]
+    sizes = [size for put in model.graph.input for size in put.type.tensor_type.shape.dim]
+    free = [size for size in sizes if size.dim_param]  # the batch is the only size that is free
+    doubled = _with(model, free, 2 * batch) if free and batch > 1 else {}
+    _resize(free, batch)
     for put in model.graph.input:
-        for size in put.type.tensor_type.shape.dim:
-            if size.dim_param:
-                size.dim_value = batch  # the batch is the only size that is free
-        first = put.type.tensor_type.shape.dim[:1]
-        if any(0 < size.dim_value < batch for size in first):
+        if any(0 < size.dim_value < batch for size in put.type.tensor_type.shape.dim[:1]):
             raise ArtifactError(
                 f"the manifest states a batch of {batch}, the file has a smaller one"
             )
-    return model
+    return model, doubled
+
+
+def _with(model: Any, free: Sequence[Any], batch: int) -> dict[str, Shape]:
+    """The shapes of all values for a batch; none where the file does not take it."""
+    _resize(free, batch)
+    try:
+        shapes = _Shapes(model)
+        for node in model.graph.node:
+            shapes.infer(node)
+    except Exception:  # noqa: BLE001 - whatever it is, the file does not take this batch
+        return {}
+    found = {name: shapes.shape(name) for name in shapes.types}
+    return {name: shape for name, shape in found.items() if shape is not None}
+
+
+def _resize(free: Sequence[Any], batch: int) -> None:
+    for size in free:
+        size.dim_value = batch
 
 
 def value_types(model: Any) -> dict[str, Any]:
@@ -140,7 +163,7 @@ class _Shapes:
         with np.errstate(all="ignore"):
             return np.asarray(compute(options, *given))
 
-    def shape(self, name: str) -> tuple[int, ...] | None:
+    def shape(self, name: str) -> Shape | None:
         """The shape of a value, None if it cannot be told."""
         kind = self.types.get(name)
         if kind is None or not kind.tensor_type.HasField("shape"):

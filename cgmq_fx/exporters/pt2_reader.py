@@ -26,7 +26,7 @@ from cgmq_fx.exporters.cost_graph import Array, CostGraph, Counted, Manifest, Sh
 from cgmq_fx.exporters.pt2_norms import compose_norms
 from cgmq_fx.graph_json import graph_from_json
 from cgmq_fx.passes.inputs import ExampleInputs
-from cgmq_fx.passes.shapes import PropagateShapes
+from cgmq_fx.passes.shapes import DOUBLED, CompareBatches, PropagateShapes
 
 MANIFEST = "cgmq_fx.json"
 _ATEN = torch.ops.aten
@@ -70,19 +70,15 @@ def read_pt2(path: Path) -> Counted:
             manifest = Manifest.from_json(files.json(f"extra/{MANIFEST}"), str(path))
             program = files.json("models/model.json")["graph_module"]
             module, names = _graph(program, files)
+        inputs = _inputs(program, manifest.batch)
+        compose_norms(module)
+        PropagateShapes(inputs, trusted=False).run(module)
+        CompareBatches(inputs.twice, trusted=False).run(module)
+        graph, outputs = _Reader(module, names, manifest).read()
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     except zipfile.BadZipFile as error:
         raise ArtifactError(f"{path} is not a .pt2 file, or is damaged: {error}") from error
-    except ArtifactError:
-        raise
-    except Exception as error:
-        raise ArtifactError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-    try:
-        inputs = _inputs(program, manifest.batch)
-        compose_norms(module)
-        PropagateShapes(inputs, trusted=False).run(module)
-        graph, outputs = _Reader(module, names, manifest).read()
     except ArtifactError:
         raise
     except Exception as error:
@@ -243,7 +239,7 @@ def _inputs(program: Mapping[str, Any], batch: int) -> ExampleInputs:
     """Inputs of the shapes that the file states; the batch is the only size that is free."""
     graph, specs = program["graph"], program["signature"]["input_specs"]
     values = graph["tensor_values"]
-    given = []
+    given, free = [], []
     for put, spec in zip(graph["inputs"], specs, strict=True):
         if "user_input" not in spec:
             continue
@@ -252,7 +248,8 @@ def _inputs(program: Mapping[str, Any], batch: int) -> ExampleInputs:
             raise ArtifactError("an input of the graph is no tensor")
         sizes = [int(size.get("as_int", batch)) for size in meta["sizes"]]
         given.append(torch.zeros(()).to(_DTYPES[meta["dtype"]]).expand(sizes))
-    return ExampleInputs(tuple(given))
+        free.append(any("as_int" not in size for size in meta["sizes"][:1]))
+    return ExampleInputs(tuple(given), batched=tuple(free))
 
 
 class _Reader:
@@ -276,6 +273,8 @@ class _Reader:
                 self._made[node] = self._graph.input(*_described(node))
             elif node.op == "call_function":
                 self._made[node] = self._dequantized(node) or self._call(node)
+            if DOUBLED in node.meta:
+                self._graph.doubled(self._made[node], node.meta[DOUBLED])
         raise ArtifactError("the graph has no output")
 
     def _call(self, node: Node) -> Any:
