@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from cgmq_fx.cost_models.errors import OptionError
 from cgmq_fx.cost_models.target import target_to_json
 from cgmq_fx.directions import Direction
-from cgmq_fx.fingerprint import name_of, short, tensor_digest
+from cgmq_fx.fingerprint import fingerprint, short, tensor_digest
 from cgmq_fx.passes.bias import BIASES
 from cgmq_fx.passes.capture import Captured, device_of
 from cgmq_fx.passes.insert import QUANTIZERS
@@ -77,14 +77,12 @@ def run_identity(
             "chip": None if where.chip is None else target_to_json(where.chip),
         },
         "scheme": repr(scheme),
-        "direction": name_of(direction),
-        "loss": name_of(loss),
-        "metric": name_of(metric),
         "val_data": "given" if judged else None,
         "epochs": epochs,
         "batches": batches,
         "seed": seed,
         "compile": backend,
+        **fingerprint(direction=direction, loss=loss, metric=metric),
     }
 
 

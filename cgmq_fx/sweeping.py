@@ -67,6 +67,7 @@ from cgmq_fx.training import (
 from cgmq_fx.untrusted import libraries_of
 
 _MANIFEST = "sweep.json"
+_MOST_SHOWN = 3
 _TOLD = {
     "versions": "version of cgmq_fx or torch",
     "device": "kind of device",
@@ -295,10 +296,11 @@ def _claim(folder: Path, identity: dict[str, str]) -> None:
         raise OptionError(
             f"{manifest} is no record of a sweep, or one of an older version; give another folder"
         )
-    differ = [name for name, value in identity.items() if other.get(name) != value]
+    names = {**identity, **other}
+    differ = [name for name in names if identity.get(name) != other.get(name)]
     if differ:
         raise OptionError(
-            f"{folder} holds a sweep with another {' and another '.join(differ)}; "
+            f"{folder} holds a sweep with another {' and another '.join(differ[:_MOST_SHOWN])}; "
             "give another folder"
         )
 

@@ -36,6 +36,7 @@ from cgmq_fx.packing import pack, unpack
 
 EPOCHS, BATCHES = 3, 4
 STEPS = EPOCHS * BATCHES
+OPTIONS: dict[str, Any] = {"label_smoothing": 0.1}
 
 
 class CutError(Exception):
@@ -74,6 +75,10 @@ def loader(seeded: bool = True) -> DataLoader[Any]:
         torch.rand(16, 1, 6, 6, generator=generator), torch.randint(5, (16,), generator=generator)
     )
     return DataLoader(data, 4, shuffle=True, generator=generator if seeded else None)
+
+
+def smoothed(output: Tensor, target: Tensor) -> Tensor:
+    return cross_entropy(output, target, **OPTIONS)
 
 
 def run(folder: Path | Checkpoint | None, *callbacks: Callback, **options: Any) -> Result:
@@ -209,6 +214,17 @@ def test_the_checkpoint_of_another_run_is_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=f"of another run: {message}"):
         run(begun, **options)
+
+
+def test_the_checkpoint_of_a_loss_that_reads_something_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, loss=smoothed)
+    run(tmp_path, loss=smoothed)
+    monkeypatch.setitem(OPTIONS, "label_smoothing", 0.2)
+    message = r"OPTIONS of .*\.smoothed is .*0\.2.*, there it is .*0\.1"
+    with pytest.raises(CheckpointError, match=f"of another run: {message}"):
+        run(tmp_path, loss=smoothed)
 
 
 def test_another_version_is_refused(begun: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
