@@ -72,7 +72,12 @@ class RangeTable:
 
 
 def best_range(
-    values: Tensor, bits: int, signed: bool, power_of_two: bool = False, empty: float = 1.0
+    values: Tensor,
+    bits: int,
+    signed: bool,
+    power_of_two: bool = False,
+    empty: float = 1.0,
+    seen: Tensor | float = 0.0,
 ) -> Tensor:
     """The range of least squared rounding error, robust against a few wild values.
 
@@ -85,11 +90,13 @@ def best_range(
         signed: Whether the grid has codes below zero.
         power_of_two: Whether steps are powers of two; the range is then one of such a step.
         empty: The range where all values are zero.
+        seen: Shape (ranges,): the largest of what `values` are a sample of, which counts where the
+            sample is of zeros alone.
 
     Returns:
         Shape (ranges,), positive.
     """
-    cap = _cap(values, signed, empty)
+    cap = _cap(values, signed, empty, seen)
     bits = min(bits, MAX_GRID_BITS)
     codes = 2**bits - 1
     reach = codes / (codes - 1) if signed else 1.0
@@ -109,10 +116,11 @@ def best_range(
     return best
 
 
-def _cap(values: Tensor, signed: bool, empty: float) -> Tensor:
+def _cap(values: Tensor, signed: bool, empty: float, seen: Tensor | float) -> Tensor:
     """Where values are capped, shape (ranges,), positive."""
     size = values.abs() if signed else values.clamp(min=0)
     top = size.amax(1)
+    top = torch.where(top > 0, top, seen)
     cap = torch.minimum(top, _TAIL * _quantile(size))
     cap = torch.where(cap > 0, cap, top)
     fallback = top.max() if bool(top.max() > 0) else torch.full_like(top.max(), empty)
@@ -133,7 +141,8 @@ def range_table(
 
     Ranges are those of `best_range`. Where the tail that it caps, or that the sample misses, holds
     more than a thousandth of the power, they are wider, as far as the other values can afford it;
-    so are those of more than 8 bits, which clip nothing that they can hold.
+    so are those of more than 8 bits, which clip nothing that they can hold. A sample of zeros alone
+    can afford all: sparse inputs, of which it has met none, are not clipped.
 
     Args:
         quantizer: Its sign, bit-widths and range shape count.
@@ -145,12 +154,15 @@ def range_table(
     # a weight that starts at zero grows to what layers are usually initialised with
     empty = values.shape[1] ** -0.5 if spec.role is Role.WEIGHT else 1.0
     signed, power_of_two = quantizer.signed, spec.power_of_two
-    cap = _cap(values, signed, empty)
-    tail = Tail(values, extremes or Extremes.of(values), cap, signed)
+    extremes = extremes or Extremes.of(values)
+    seen = extremes.top(signed)
+    seen = torch.where(seen < _SMALLEST, 0.0, seen)
+    cap = _cap(values, signed, empty, seen)
+    tail = Tail(values, extremes, cap, signed)
     heavy = tail.heavy
     logs, errors = [], []
     for bits in spec.bit_widths:
-        limit = best_range(values, max(bits, 2), signed, power_of_two, empty)
+        limit = best_range(values, max(bits, 2), signed, power_of_two, empty, seen)
         limit = tail.extended(limit, max(bits, 2), power_of_two)
         error = torch.where(heavy, tail.noise(limit, bits), noise(values, limit, bits, signed))
         logs.append(limit.log().reshape(shape))

@@ -70,6 +70,10 @@ class Extremes:
         both = torch.cat([self.values, other.values], 1)
         return Extremes(_largest(both), self.count + other.count)
 
+    def top(self, signed: bool) -> Tensor:
+        """The largest that a grid can hold, shape (ranges,); 0 if none is positive."""
+        return (self.values.abs() if signed else self.values.clamp(min=0)).amax(1)
+
 
 def _largest(values: Tensor) -> Tensor:
     blocks = values.shape[1] // _BLOCK
@@ -117,8 +121,9 @@ class Tail:
         values = extremes.values
         self._known = values.abs().amin(1)  # of larger ones, none is missing
         self._largest = values.abs() if signed else values.clamp(min=0)
-        self._count, self._cap = extremes.count, cap
-        self.heavy = self.lost(cap) > _HEAVY * self.power
+        self._count = extremes.count
+        self._cap = torch.minimum(cap, self._size.amax(1))  # 0 where the sample has met nothing
+        self.heavy = self.lost(self._cap) > _HEAVY * self.power
 
     @property
     def power(self) -> Tensor:

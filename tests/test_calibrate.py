@@ -304,6 +304,23 @@ def test_a_wild_value_that_no_range_holds_stretches_none(bits: int) -> None:
     assert 1 <= float(found / clean) < 3
 
 
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("signed", [False, True])
+def test_sparse_values_that_the_sample_misses_are_not_clipped(
+    signed: bool, power_of_two: bool
+) -> None:
+    values = torch.zeros(2, 100_000)
+    values[0, 77_777], values[1, :50_000] = 50.0, torch.linspace(0, 1, 50_000)
+    spec = QuantizerSpec(Role.WEIGHT, signed, (0, 2, 8, 16), (2, 1), (2, 1), power_of_two)
+    table = range_table(Quantizer(spec), values[:, :8192], Extremes.of(values))
+    limits = table.log_ranges.exp().flatten(1)
+    assert bool(((limits[:, 0] >= 50) & (limits[:, 0] <= 50 * 4)).all())
+    assert bool((limits[2:, 1] <= 2).all())
+    assert table.noise[0, 0] >= 12 * 50**2 / 100_000
+    assert bool((table.noise.diff(dim=0)[1:] < 0).all())
+    assert table.power >= 50**2 / 100_000 / 2
+
+
 def test_noise_tells_what_is_clipped_beyond_the_sample() -> None:
     values = normal(100_000)
     values[0, 77_777] = 1000.0
