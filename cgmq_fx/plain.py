@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from math import isfinite
+from numbers import Integral, Real
 from typing import Any
 
 
 def finite(value: Any) -> Any:
-    """The same values with None for numbers that are not finite; tuples become lists."""
-    if isinstance(value, float):
-        return value if isfinite(value) else None
+    """The same values with None for numbers that are not finite; tuples become lists.
+
+    Numbers of any kind, such as NumPy's, become Python's.
+    """
+    if isinstance(value, Integral):
+        return value if isinstance(value, int) else int(value)
+    if isinstance(value, Real):
+        return float(value) if isfinite(value) else None
     if isinstance(value, Mapping):
         return {key: finite(own) for key, own in value.items()}
     return [finite(own) for own in value] if isinstance(value, list | tuple) else value

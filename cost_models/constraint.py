@@ -98,6 +98,9 @@ class Constraint:
     def __and__(self, other: BudgetLike) -> Budget:
         return Budget((self,)) & other
 
+    def __rand__(self, other: BudgetLike) -> Budget:
+        return other & Budget((self,))
+
     def __bool__(self) -> NoReturn:
         raise _neither()
 
@@ -171,6 +174,11 @@ class Budget:
         from cgmq_fx.cost_models.parse import parse_budget
 
         return Budget(self.constraints + parse_budget(other).constraints)
+
+    def __rand__(self, other: BudgetLike) -> Budget:
+        from cgmq_fx.cost_models.parse import parse_budget
+
+        return parse_budget(other) & self
 
     def __bool__(self) -> NoReturn:
         raise _neither()

@@ -209,6 +209,7 @@ def test_budgets_are_joined_with_what_a_budget_is_read_from() -> None:
     for more in ("weights <= 2 B", {"weights": 2}, [WeightMemory() <= 2]):
         assert str(bops & more) == "bops <= 1 bop, weights <= 2 byte"
         assert str(Budget((bops,)) & more) == str(bops & more)
+        assert str(more & bops) == str(more & Budget((bops,))) == "weights <= 2 byte, bops <= 1 bop"
     with pytest.raises(BudgetError, match="cannot read a budget from int"):
         bops & 5  # type: ignore[operator]
 
