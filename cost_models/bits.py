@@ -117,6 +117,11 @@ def tensor_bits(tensor: TensorFacts, assignment: Assignment) -> int:
     gates = assignment[tensor.quantizer]
     if gates.size == 1:
         return tensor.elements * gates.item()
+    if tensor.shares is None:
+        return tensor.elements * int(gates.max())
+    if tensor.shares:
+        shares = np.array(tensor.shares)
+        return -(-tensor.elements * int(gates @ shares) // int(shares.sum()))
     return -(-tensor.elements * _sum(gates) // gates.size)
 
 

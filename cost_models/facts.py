@@ -157,6 +157,8 @@ class TensorFacts:
         quantizer: Name of the quantizer whose grid it is on, or None for float.
         bits: Bits per element where there is no quantizer.
         copy: Whether it is kept besides the same tensor in float.
+        shares: How many of its elements each gate of the quantizer stands for, in any unit; empty
+            for equally many; None where it cannot be told: then the most bits of all gates count.
     """
 
     name: str
@@ -166,6 +168,7 @@ class TensorFacts:
     quantizer: str | None = None
     bits: int = FLOAT_BITS
     copy: bool = False
+    shares: tuple[int, ...] | None = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from cgmq_fx.passes.oplists import PADS, ZERO_POOLS, overloads
+from cgmq_fx.passes.oplists import IN_PLACE, JOINS, PADS, ZERO_POOLS, overloads
 from cgmq_fx.passes.optable import argument, is_view
 from cgmq_fx.passes.quantizer import Quantizer
 from cgmq_fx.passes.state import shape_of, sources
@@ -20,6 +20,7 @@ MOST = 1 << 25
 
 _TRANSPOSES = ("permute", "transpose", "t", "movedim", "swapaxes", "swapdims", "numpy_T", "mT")
 _LARGEST = overloads("amax")
+_PARTS = overloads("slice narrow")
 
 
 def pooled_axes(node: Node) -> int:
@@ -74,6 +75,54 @@ def follow(numbers: Tensor, start: Node, end: Node) -> Tensor | None:
         if found is None or (shape is not None and tuple(found.shape) != shape):
             return None
     return found if isinstance(found, Tensor) else None
+
+
+def before(numbers: Tensor, step: Node, source: Node) -> Tensor | None:
+    """The numbers that the elements of `source` need for an op to give `numbers`: `follow` undone.
+
+    What the op drops has the number of what lies beside it. None where it cannot be told, or
+    elements would need several numbers.
+    """
+    shape = shape_of(source)
+    if shape is None or prod(shape) > MOST or source not in (*step.args[:1], *_joined(step)):
+        return None
+    if step.op == "call_module" or step.target in IN_PLACE:  # element by element
+        return numbers if numbers.shape == shape else None
+    if step.target in ZERO_POOLS:
+        return _resized(numbers, shape, range(len(shape) - pooled_axes(step), len(shape)))
+    if step.target in PADS:
+        return _resized(numbers, shape, _padded_axes(step, len(shape)))
+    if step.target in _PARTS:
+        sizes = zip(numbers.shape, shape, strict=False)
+        return _resized(numbers, shape, [i for i, (cut, size) in enumerate(sizes) if cut != size])
+    if step.target in _LARGEST:
+        axes = {axis % max(len(shape), 1) for axis in argument(step, "dim") or range(len(shape))}
+        kept = [1 if axis in axes else size for axis, size in enumerate(shape)]
+        return numbers.reshape(kept).expand(shape) if numbers.numel() == prod(kept) else None
+    places: Any = torch.arange(prod(shape), dtype=torch.int32).reshape(shape)
+    if parts := _joined(step):
+        others = torch.full((), -1, dtype=torch.int32)
+        places = [places if n is source else others.expand(shape_of(n) or ()) for n in parts]
+    places = _moved(places, step)
+    return _put(numbers, places, shape) if isinstance(places, Tensor) else None
+
+
+def _joined(step: Node) -> list[Node]:
+    """The parts of a join; none for any other op."""
+    parts = step.args[0] if step.op == "call_function" and step.target in JOINS else ()
+    return [n for n in parts if isinstance(n, Node)] if isinstance(parts, list | tuple) else []
+
+
+def _put(numbers: Tensor, places: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """The tensor whose elements at `places` are `numbers`; None if any has none, or several."""
+    if places.shape != numbers.shape:
+        return None
+    inside = places >= 0
+    taken, wanted = places[inside].long(), numbers[inside]
+    found = torch.full((prod(shape),), -1, dtype=numbers.dtype)
+    found[taken] = wanted
+    known = bool((found >= 0).all()) and torch.equal(found[taken], wanted)
+    return found.reshape(shape) if known else None
 
 
 def _moved(numbers: Any, step: Node) -> Any:

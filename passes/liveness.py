@@ -7,24 +7,61 @@ Asking for a size is not reading.
 
 A tensor has the bits of its quantizer; one that only reaches quantizers through ops that keep a
 grid (max-pool before the quantizer, say) has theirs, because a runtime quantizes before such ops.
+What has only some of the channels of its quantizer, a part of a join or a slice, has their bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
+from dataclasses import dataclass, replace
+from math import gcd, prod
+from typing import Any
 
-from torch import SymInt, nn
+import torch
+from torch import SymInt, Tensor, nn
 from torch.fx import GraphModule, Node
 
 from cgmq_fx.cost_models.facts import FLOAT_BITS, TensorFacts
 from cgmq_fx.passes.aliases import last_write
+from cgmq_fx.passes.following import before, gate_numbers
 from cgmq_fx.passes.oplists import IN_PLACE, JOINS
 from cgmq_fx.passes.optable import is_view, preserves_grid
 from cgmq_fx.passes.quantizer import Quantizer
-from cgmq_fx.passes.state import bits_of, quantizer_name, quantizer_of, shape_of, value_of
+from cgmq_fx.passes.state import bits_of, quantizer_of, shape_of, value_of
 
 _LAST = 1 << 60
+
+
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """The grid that a tensor is on.
+
+    Attributes:
+        quantizer: The name of its quantizer.
+        gates: How many gates that has.
+        numbers: The number of the gate of each element; None where that cannot be told.
+    """
+
+    quantizer: str
+    gates: int
+    numbers: Tensor | None
+
+    @property
+    def shares(self) -> tuple[int, ...] | None:
+        """How many elements each gate stands for, see `TensorFacts`."""
+        if self.gates == 1 or self.numbers is None:
+            return () if self.gates == 1 else None
+        counts = torch.bincount(self.numbers.flatten(), minlength=self.gates)
+        unit = gcd(*counts.tolist()) or 1
+        return () if bool((counts == counts[0]).all()) else tuple((counts // unit).tolist())
+
+    def at(self, root: Node, node: Node) -> _Grid:
+        """The grid of `root`, if this is the one of a node that uses its memory."""
+        numbers = self.numbers
+        while numbers is not None and node is not root:
+            source: Any = node.args[0]
+            numbers, node = before(numbers, node, source), source
+        return replace(self, numbers=numbers)
 
 
 def liveness(
@@ -45,16 +82,17 @@ def liveness(
     for node, root in storage.items():
         members.setdefault(root, []).append(node)
     steps = {root: step for step, root in enumerate(members)}
-    widths = _quantizers(module, members)
+    grids = _grids(module, members)
     return tuple(
         TensorFacts(
             name=root.name,
             elements=elements(root),
             first=0 if root.op == "placeholder" else steps[root],
             last=min(_last_use(nodes, storage, steps), len(steps) - 1),
-            quantizer=widths.get(root),
+            quantizer=grids[root].quantizer if root in grids else None,
             bits=_bits(root),
             copy=_is_quantizer(module, root),
+            shares=grids[root].shares if root in grids else (),
         )
         for root, nodes in members.items()
     )
@@ -141,37 +179,68 @@ def _readers(user: Node, storage: dict[Node, Node]) -> list[Node]:
     return [node for node in user.users if node in storage]
 
 
-def _quantizers(module: GraphModule, members: dict[Node, list[Node]]) -> dict[Node, str]:
-    """The quantizer of every tensor: its own, else the one that all its readers lead to."""
+def _grids(module: GraphModule, members: dict[Node, list[Node]]) -> dict[Node, _Grid]:
+    """The grid of every tensor: its own, else the one that all its readers lead to."""
     import networkx as nx  # slow
 
-    found: dict[Node, str] = {}
+    found: dict[Node, _Grid] = {}
     root_of = {node: root for root, nodes in members.items() for node in nodes}
     flow = nx.DiGraph()
     flow.add_nodes_from(members)
     for root, nodes in members.items():
-        own = [quantizer_name(n) for n in nodes if _is_quantizer(module, n)]
-        inherited = quantizer_of(module, root)
-        if own:
-            found[root] = own[-1]
-        elif inherited is not None:
-            found[root] = inherited[0]
+        last = next((n for n in reversed(nodes) if _is_quantizer(module, n)), root)
+        own = _grid(module, last)
+        if own is not None:
+            found[root] = own.at(root, last)
         reached = {root_of[u] for n in nodes for u in _data_users(n) if u in root_of} - {root}
         flow.add_edges_from((root, other) for other in reached)
     for root in reversed(list(nx.topological_sort(flow))):
         if root in found:
             continue
-        readers = [u for n in members[root] for u in _data_users(n) if root_of.get(u) is not root]
-        names = {_passed_on(u, root_of, found) for u in readers}
-        if len(names) == 1 and (name := names.pop()) is not None:
-            found[root] = name
+        readings = [(u, n) for n in members[root] for u in _data_users(n)]
+        grids = [
+            _passed_on(user, node, root, root_of, found)
+            for user, node in readings
+            if root_of.get(user) is not root
+        ]
+        if (common := _common(grids)) is not None:
+            found[root] = common
     return found
 
 
-def _passed_on(user: Node, root_of: dict[Node, Node], found: dict[Node, str]) -> str | None:
-    """The quantizer behind a reader that keeps grids, else None."""
+def _grid(module: GraphModule, node: Node) -> _Grid | None:
+    """The grid that the values of a node are on."""
+    found = quantizer_of(module, node)
+    if found is None:
+        return None
+    gates = prod(found[1].spec.gate_shape)
+    return _Grid(found[0], gates, gate_numbers(module, node) if gates > 1 else None)
+
+
+def _passed_on(
+    user: Node, node: Node, root: Node, root_of: dict[Node, Node], found: dict[Node, _Grid]
+) -> _Grid | None:
+    """The grid of a tensor by a reader of `node` in its memory that keeps grids, else None."""
     keeps = preserves_grid(user) or (user.op == "call_function" and user.target in JOINS)
-    return found.get(root_of[user]) if keeps and user in root_of else None
+    grid = found.get(root_of[user]) if keeps and user in root_of else None
+    if grid is None or grid.numbers is None:
+        return grid
+    return replace(grid, numbers=before(grid.numbers, user, node)).at(root, node)
+
+
+def _common(grids: list[_Grid | None]) -> _Grid | None:
+    """The grid that all of them are; without numbers, where these differ."""
+    first = grids[0] if grids else None
+    if first is None or any(g is None or g.quantizer != first.quantizer for g in grids):
+        return None
+    same = all(g is not None and _equal(g.numbers, first.numbers) for g in grids)
+    return first if same else replace(first, numbers=None)
+
+
+def _equal(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first, second)
 
 
 def _is_quantizer(module: GraphModule, node: Node) -> bool:

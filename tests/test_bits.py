@@ -165,6 +165,22 @@ def test_bits_of_a_tensor(elements: int, gates: list[int], total: int) -> None:
     assert tensor_bits(TensorFacts("t", elements, 0, 0, None, 64), {}) == elements * 64
 
 
+# 12 elements on gates of 2, 4 and 8 bits
+SHARES = [
+    ((), 56),  # 4 x 2 + 4 x 4 + 4 x 8
+    ((0, 1, 1), 72),  # 6 x 4 + 6 x 8
+    ((3, 0, 2), 53),  # 7.2 x 2 + 4.8 x 8 = 52.8
+    (None, 96),  # 12 x 8
+]
+
+
+@pytest.mark.parametrize(("shares", "total"), SHARES)
+def test_bits_of_a_part_of_what_is_on_a_grid(shares: tuple[int, ...] | None, total: int) -> None:
+    tensor = TensorFacts("t", 12, 0, 0, "q", shares=shares)
+    assert tensor_bits(tensor, {"q": np.array([2, 4, 8])}) == total
+    assert tensor_bits(tensor, {"q": np.array([4])}) == 48
+
+
 def test_a_weight_of_many_gates() -> None:
     rng = np.random.default_rng(0)
     weight, inputs = rng.choice([0, 2, 32], 30 * 20), rng.choice([0, 3, 32], 20)

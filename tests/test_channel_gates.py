@@ -1,10 +1,14 @@
 """Channel gates stand on axes of channels: never on the batch, tokens or heads."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import cgmq_fx
+from cgmq_fx.cost_models.errors import OptionError
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.quantizer import Quantizer
 
@@ -45,3 +49,37 @@ def test_projected_tokens_have_a_gate_per_channel() -> None:
     shapes = {n: q.spec.gate_shape for n, q in quantizers(prepared).items()}
     expected = {"x": (1, 1, 8), "y": (1, 1, 8), "linear": (1, 1, 16), "linear_1": (1, 1, 16)}
     assert {name: shapes[name] for name in expected} == expected
+
+
+class Branches(nn.Module):
+    """Two branches that are joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.short, self.wide = nn.Linear(4, 8), nn.Linear(4, 64)
+        self.narrow, self.last = nn.Linear(64, 8), nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        short, long = self.short(x).relu(), self.narrow(self.wide(x).relu()).relu()
+        result: Tensor = self.last(torch.cat([short, long], 1))
+        return result
+
+
+# 8 channels of 8 bits wait while 64 of 2 and 8 of 2 are alive: 8 + 16 + 2 bytes
+@pytest.mark.parametrize("suffix", ["safetensors", "onnx", "pt2"])
+def test_parts_of_a_join_have_the_bits_of_their_own_channels(suffix: str, tmp_path: Path) -> None:
+    if suffix == "onnx":
+        pytest.importorskip("onnxscript")
+    scheme = cgmq_fx.Scheme((2, 8), activations="channel")
+    budget = "activations <= 26 B, arena <= 26 B"
+    prepared = cgmq_fx.prepare(Branches().eval(), budget, torch.randn(3, 4), scheme=scheme)
+    bits = {name: np.full(q.gates, 2) for name, q in prepared.facts.quantizers.items()}
+    over = {"cat": np.array([8] * 9 + [2] * 7)}
+    with pytest.raises(OptionError, match=r"activations 27 > .*arena 27 > "):
+        prepared.freeze(bits | over)
+    prepared.freeze(bits | {"cat": np.array([8] * 8 + [2] * 8)})
+    result = prepared.finalize()
+    assert [s.value for s in result.cost] == [26, 26]
+    path = tmp_path / f"net.{suffix}"
+    result.export(path)
+    assert [s.value for s in cgmq_fx.verify(path).states] == [26, 26]

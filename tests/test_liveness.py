@@ -197,3 +197,83 @@ def test_integer_inputs_have_the_bits_of_their_type() -> None:
     tokens = torch.zeros(2, 3, dtype=torch.int64)
     _, facts = quantized(NETS["tied"].build(), tokens, Scheme())
     assert [(t.elements, t.bits) for t in facts.tensors] == [(3, 64), (12, 32), (21, 32)]
+
+
+def joined(m: Any, x: Tensor) -> Any:
+    return m.c(torch.cat([m.a(x).relu(), F.max_pool2d(m.b(x), 3, 1, 1).relu()], 1))
+
+
+def joined_twice(m: Any, x: Tensor) -> Any:
+    y = m.a(x)
+    return m.c(torch.cat([y, y], 1))
+
+
+def sliced(m: Any, x: Tensor) -> Any:
+    y = m.a(x).relu()
+    return m.b(y), m.c(y[:, 1:]), m.d(y[:, :, ::2])
+
+
+def sliced_first(m: Any, x: Tensor) -> Any:
+    return m.c(m.a(x)[:, 1:].relu())
+
+
+def strided_first(m: Any, x: Tensor) -> Any:
+    return m.b(m.a(x)[:, :, ::2].relu())
+
+
+def pooled_whole(m: Any, x: Tensor) -> Any:
+    return m.b(m.a(x).amax((2, 3)))
+
+
+def turned(m: Any, x: Tensor) -> Any:
+    return m.b(torch.cat([m.a(x).flatten(2), x.flatten(2)], 1).transpose(1, 2))
+
+
+SHARES: dict[str, tuple[nn.Module, dict[str, tuple[int, ...] | None]]] = {
+    # all of 2 and of 3 of the channels of the join; the pool keeps them
+    "parts of a join": (
+        Given(joined, a=conv(1, 2), b=conv(1, 3), c=conv(5, 1)),
+        {
+            "conv2d": (1, 1, 0, 0, 0),
+            "conv2d_1": (0, 0, 1, 1, 1),
+            "max_pool2d": (0, 0, 1, 1, 1),
+            "cat": (),
+        },
+    ),
+    # each channel is in two places, and the gates there may differ
+    "one tensor twice in a join": (
+        Given(joined_twice, a=conv(1, 2), c=conv(4, 1)),
+        {"conv2d": None, "cat": ()},
+    ),
+    "slices of channels and of space": (
+        Given(sliced, a=conv(1, 3), b=conv(3, 1), c=conv(2, 1), d=conv(3, 1)),
+        {"conv2d": (), "slice_2": (0, 1, 1), "slice_4": ()},
+    ),
+    # nothing says how many bits the first channel has
+    "a channel that is dropped": (
+        Given(sliced_first, a=conv(1, 3), c=conv(2, 1)),
+        {"conv2d": None, "slice_2": ()},
+    ),
+    "rows that are dropped": (
+        Given(strided_first, a=conv(1, 2), b=conv(2, 1)),
+        {"conv2d": (), "slice_2": ()},
+    ),
+    "the largest of each channel": (
+        Given(pooled_whole, a=conv(1, 2), b=nn.Linear(2, 1)),
+        {"conv2d": (), "amax": ()},
+    ),
+    "the channels of tokens": (
+        Given(turned, a=conv(1, 2), b=nn.Linear(3, 1)),
+        {"conv2d": (1, 1, 0), "cat": ()},
+    ),
+}
+
+
+@pytest.mark.parametrize(("net", "expected"), SHARES.values(), ids=SHARES)
+def test_what_each_gate_stands_for(
+    net: nn.Module, expected: dict[str, tuple[int, ...] | None]
+) -> None:
+    scheme = Scheme(activations="channel")
+    tensors = quantized(net, torch.randn(2, *IMAGE), scheme)[1].tensors
+    found = {t.name: t.shares for t in tensors if t.name in expected}
+    assert found == expected

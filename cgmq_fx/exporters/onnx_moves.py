@@ -14,7 +14,7 @@ Constant: TypeAlias = Callable[[str], Array | None]
 """The value of an input that can be told without running anything."""
 
 _ATEN = torch.ops.aten
-_TOLD = ("Transpose", "ReduceMean", "ReduceMax", "Split", "Slice", "Gather", "Pad")
+_TOLD = ("Transpose", "ReduceMean", "ReduceMax", "Split", "Slice", "Gather", "Pad", "Concat")
 
 
 def moved(
@@ -40,6 +40,8 @@ def moved(
     options = attributes(node)
     rest = [constant(name) if name else None for name in list(node.input)[1:]]
     axis = int(options.get("axis", 0))
+    if node.op_type == "Concat":
+        return target, (*given, axis)
     if node.op_type == "Transpose":
         return target, (*given, list(options["perm"]))
     if node.op_type in ("ReduceMean", "ReduceMax") and rest and rest[0] is not None:
