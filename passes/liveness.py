@@ -1,8 +1,8 @@
 """Liveness: which tensors a runtime keeps, from when to when, and on whose grid.
 
 Steps are the ops that write a tensor of their own, in the order of the graph. Views are not tensors
-of their own; neither are element-wise ops on a tensor that nobody else reads (runtimes fuse them or
-work in place), nor quantizers, unless a layer that is not quantized reads the tensor as it was.
+of their own; neither are element-wise ops on one tensor that nobody else reads (runtimes fuse them
+or work in place), nor quantizers, unless a layer that is not quantized reads the tensor as it was.
 Asking for a size is not reading.
 
 A tensor has the bits of its quantizer; one that only reaches quantizers through ops that keep a
@@ -108,20 +108,24 @@ def _storages(module: GraphModule, live: set[Node]) -> dict[Node, Node]:
         shared = (
             isinstance(source, Node)
             and source in storage
-            and _shares(module, node, source, storage)
+            and _shares(module, node, source, storage, live)
         )
         storage[node] = storage[source] if shared and isinstance(source, Node) else node
     return storage
 
 
-def _shares(module: GraphModule, node: Node, source: Node, storage: dict[Node, Node]) -> bool:
+def _shares(
+    module: GraphModule, node: Node, source: Node, storage: dict[Node, Node], live: set[Node]
+) -> bool:
     if is_view(node):
         return shape_of(node) is None or _size(node) == _size(source)
     if node.op == "call_module":
         return _is_quantizer(module, node) and not (
             _rounds(module, node) and _read_in_float(module, node, source)
         )
-    return node.target in IN_PLACE and _size(node) == _size(source) and _unread(source, storage)
+    alone = live.intersection(node.all_input_nodes) == {source}  # else it waits for the others
+    fused = node.target in IN_PLACE and alone and _size(node) == _size(source)
+    return fused and _unread(source, storage)
 
 
 def _read_in_float(module: GraphModule, quantized: Node, source: Node) -> bool:

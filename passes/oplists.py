@@ -166,10 +166,11 @@ FREE = (
 IN_PLACE = overloads(
     """
     relu relu6 hardtanh clamp clamp_min clamp_max leaky_relu elu selu celu gelu silu mish hardswish
-    hardsigmoid sigmoid tanh dropout batch_norm softplus abs neg exp sqrt square
+    hardsigmoid sigmoid tanh dropout batch_norm softplus abs neg exp sqrt square maximum minimum
     """
-)
-"""Element-wise ops of one tensor, which runtimes fuse into its producer or run in place."""
+) | {_ATEN.max.other, _ATEN.min.other}
+"""Element-wise ops; of one tensor that varies, runtimes fuse them into its producer or run them in
+place. Of several, they wait for the last, and write a tensor of their own."""
 
 KEEP_ZEROS = overloads(
     """

@@ -17,7 +17,7 @@ from cgmq_fx.exporters.agreement import compare, trial_batches
 from cgmq_fx.exporters.certificate import verify
 from cgmq_fx.exporters.onnx_file import run_onnx
 from cgmq_fx.passes.lower import lower
-from tests.deploy_nets import deployed, inputs_of
+from tests.deploy_nets import assert_counted, deployed, inputs_of
 from tests.nets import NETS, call
 
 onnx = pytest.importorskip("onnx")
@@ -209,3 +209,31 @@ def test_averages_at_the_border_are_exact(pool: nn.Module, tmp_path: Path) -> No
     assert exported.agreement is not None
     assert exported.agreement.is_close
     assert "QLinearAveragePool" in optimised(exported.path, tmp_path)
+
+
+class Limited(nn.Module):
+    """A layer whose outputs are kept below others, or below constants."""
+
+    def __init__(self, by_a_layer: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.third, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.by_a_layer = by_a_layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, most = self.first(x), self.first.bias
+        if self.by_a_layer:
+            most = self.third(self.second(x))
+        else:
+            first = self.third(self.second(first))
+        result: torch.Tensor = self.last(torch.clamp(first, max=most))
+        return result
+
+
+@pytest.mark.parametrize("by_a_layer", [True, False])
+def test_limits_that_are_tensors_keep_what_the_model_keeps(
+    by_a_layer: bool, tmp_path: Path
+) -> None:
+    budget = "activations <= 100%, arena <= 100%"
+    result = prepare(Limited(by_a_layer).eval(), budget, torch.rand(2, 8)).finalize()
+    assert_counted(result.export(tmp_path / "net.onnx"), result)

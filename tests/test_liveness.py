@@ -71,6 +71,25 @@ def in_the_shape_of(m: Any, x: Tensor) -> Any:
     return x.expand_as(m.a(x)) + 1
 
 
+def limited(m: Any, x: Tensor) -> Any:
+    y, most = m.a(x), m.b(x)
+    return m.c(torch.clamp(y, max=most))
+
+
+class Limits(nn.Module):
+    """A layer whose outputs are kept below a buffer."""
+
+    most: Tensor
+
+    def __init__(self, limit: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.limit = nn.Linear(4, 3), limit
+        self.register_buffer("most", torch.rand(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.limit(self.layer(x), self.most)
+
+
 IMAGE, VECTOR = (1, 8, 8), (4,)
 
 LIFETIMES: dict[str, tuple[nn.Module, tuple[int, ...], list[Row]]] = {
@@ -178,6 +197,25 @@ LIFETIMES: dict[str, tuple[nn.Module, tuple[int, ...], list[Row]]] = {
             (3, 5, 5, None),
         ],
     ),
+    # the limit is made after what it limits, so that cannot be changed before, and both are kept
+    "clamped by a tensor": (
+        Given(limited, a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 4)),
+        VECTOR,
+        [
+            (4, 0, 2, "x"),
+            (4, 1, 3, None),
+            (4, 2, 3, None),
+            (4, 3, 4, "clamp"),
+            (4, 4, 4, None),
+        ],
+    ),
+    **{
+        f"{name} of a constant": (Limits(limit), VECTOR, [(4, 0, 1, "x"), (3, 1, 1, None)])
+        for name, limit in {
+            "clamp": lambda y, most: torch.clamp(y, max=most),
+            "minimum": torch.minimum,
+        }.items()
+    },
     # what was made from a tensor gives it its shape: its values are not read
     "in the shape of": (
         Given(in_the_shape_of, a=nn.Linear(4, 4)),
