@@ -310,10 +310,11 @@ class Deployment:
         named = given or _DEFAULTS
         if self.chip is None or named.bit_widths != _DEFAULTS.bit_widths:
             return chosen
-        weights = chosen.weight_widths
-        if named.weight_widths is None and weights is not None:
-            weights = _fitting(weights, self.chip.widest)
-        widths = _fitting(chosen.bit_widths, self.chip.widest)
+        weight, activation = self.chip.widest
+        widths, weights = _fitting(chosen.bit_widths, activation), chosen.weight_widths
+        if named.weight_widths is None:
+            fitting = _fitting(chosen.bit_widths if weights is None else weights, weight)
+            weights = fitting if weights is not None or fitting != widths else None
         return replace(chosen, bit_widths=widths, weight_widths=weights)
 
 

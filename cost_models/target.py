@@ -126,9 +126,13 @@ class Target:
         return max(total, *(price for _, _, price, _ in splits)), row
 
     @property
-    def widest(self) -> int:
-        """The widest operands that every kind of op can have without being split."""
-        return min(max(min(r.weight, r.activation) for r in rows) for rows in self.tables.values())
+    def widest(self) -> tuple[int, int]:
+        """The widest weights and activations whose products no kind of op has to split."""
+        pairs = [
+            max(((r.weight, r.activation) for r in rows), key=lambda pair: (min(pair), sum(pair)))
+            for rows in self.tables.values()
+        ]
+        return min(weight for weight, _ in pairs), min(activation for _, activation in pairs)
 
 
 def _widest(rows: Sequence[tuple[float, Row]]) -> list[tuple[int, int]]:

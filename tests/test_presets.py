@@ -326,6 +326,35 @@ def test_a_chip_takes_away_what_it_would_split() -> None:
     assert both == PRESETS["fpga"].scheme
 
 
+TAKEN = [
+    ((4, 8), Scheme((2, 4, 8), weight_widths=(2, 4))),
+    ((8, 16), Scheme((2, 4, 8, 16), weight_widths=(2, 4, 8))),
+    ((16, 8), Scheme((2, 4, 8), weight_widths=(2, 4, 8, 16))),
+    ((8, 8), Scheme((2, 4, 8))),
+]
+
+
+@pytest.mark.parametrize(("pair", "scheme"), TAKEN)
+def test_weights_and_activations_have_what_a_chip_takes(
+    pair: tuple[int, int], scheme: Scheme
+) -> None:
+    where = deployment(target_of({pair: 1.0}))
+    assert where.scheme(None) == scheme
+    named = where.scheme(Scheme(weight_widths=(8,)))
+    assert (named.bit_widths, named.weight_widths) == (scheme.bit_widths, (8,))
+
+
+@pytest.mark.parametrize("name", ["aie-ml", "bismo", "cortex-m7", "mpic"])
+def test_chips_that_come_with_the_library_take_8_bits_of_both(name: str) -> None:
+    assert deployment(name).scheme(None) == Scheme((2, 4, 8))
+    fast = deployment(("onnxruntime", name)).scheme(None)
+    assert (fast.bit_widths, fast.weight_widths) == ((2, 4, 8), (2, 4, 7))
+
+
+def test_a_chip_that_takes_all_widths_changes_no_scheme() -> None:
+    assert deployment("horowitz-45nm").scheme(None) == Scheme()
+
+
 def test_quantize_trains_under_a_preset() -> None:
     result = cgmq_fx.quantize(
         small_classifier(),

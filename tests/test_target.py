@@ -176,11 +176,22 @@ def test_no_table_makes_more_bits_cheaper(rows: dict[tuple[int, int], float]) ->
     assert falls(target_of(rows), KINDS[0]) == []
 
 
-@pytest.mark.parametrize(
-    ("pairs", "widest"), [([(8, 8), (4, 4)], 8), ([(8, 8), (4, 16)], 8), ([(2, 8)], 2)]
-)
-def test_the_widest_operands(pairs: list[tuple[int, int]], widest: int) -> None:
+WIDEST = [
+    ([(8, 8), (4, 4)], (8, 8)),
+    ([(8, 8), (4, 16)], (8, 8)),  # 8 x 16 would be split
+    ([(4, 8)], (4, 8)),
+    ([(4, 16), (8, 16)], (8, 16)),
+]
+
+
+@pytest.mark.parametrize(("pairs", "widest"), WIDEST)
+def test_the_widest_operands(pairs: list[tuple[int, int]], widest: tuple[int, int]) -> None:
     assert target_of(dict.fromkeys(pairs, 1.0)).widest == widest
+
+
+def test_the_widest_operands_that_all_kinds_of_ops_take() -> None:
+    tables = {"*conv*": (Row(4, 16, 1.0, None),), "*": (Row(8, 8, 1.0, None),)}
+    assert replace(SMALL, tables=tables).widest == (4, 8)
 
 
 def test_grouped_convolutions_and_ops_have_tables_of_their_own() -> None:

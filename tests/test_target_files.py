@@ -162,7 +162,7 @@ BROKEN_ROWS = st.builds(
 @given(st.binary(max_size=50) | (JSON | BROKEN | BROKEN_ROWS).map(lambda d: json.dumps(d).encode()))
 def test_no_bytes_raise_anything_but_a_target_error(text: bytes) -> None:
     with suppress(TargetError):
-        assert parse_target(text, "fuzz").widest >= 1
+        assert min(parse_target(text, "fuzz").widest) >= 1
 
 
 @pytest.mark.parametrize("name", target_names())
