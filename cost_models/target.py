@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -181,7 +182,35 @@ def load_target(target: str | Path | Target) -> Target:
         )
     if size > _MAX_FILE:
         raise TargetError(f"{path} is larger than {_MAX_FILE} bytes; that is no target")
-    return parse_target(text, str(path))
+    found = parse_target(text, str(path))
+    if mistake := next(_mistakes(found), None):
+        raise TargetError(f"{path} is no target file: {mistake}")
+    return found
+
+
+def _mistakes(target: Target) -> Iterator[str]:
+    """Figures of a target that are never looked up, because others come first."""
+    patterns = list(target.tables)
+    for index, pattern in enumerate(patterns):
+        before = [first for first in patterns[:index] if _takes_all(first, pattern)]
+        if before:
+            yield (
+                f"the pattern {_shown(pattern)} is never reached, for {_shown(before[0])} stands "
+                "before it; put it first"
+            )
+        rows = target.tables[pattern]
+        figures = {"cycles": [r for r in rows if r.cycles], "pJ": [r for r in rows if r.picojoules]}
+        for name, having in figures.items():
+            for pair, count in Counter((row.weight, row.activation) for row in having).items():
+                if count > 1:
+                    widths = f"{pair[0]} x {pair[1]} bits"
+                    yield f"the table {_shown(pattern)} has {name} for {widths} twice"
+
+
+def _takes_all(first: str, pattern: str) -> bool:
+    """Whether an op pattern surely matches all that another one does."""
+    plain = not {*"?["} & {*first} and "[" not in pattern
+    return plain and fnmatchcase(pattern, first)
 
 
 @lru_cache(maxsize=32)
@@ -197,7 +226,7 @@ def parse_target(text: bytes, where: str) -> Target:
         TargetError: Saying what is missing or wrong.
     """
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=_object)
         _known(data, _KEYS)
         return Target(
             name=_text(data, "name"),
@@ -238,6 +267,16 @@ def target_to_json(target: Target) -> dict[str, Any]:
             for pattern, rows in target.tables.items()
         },
     }
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What JSON calls an object; Python's reader would keep the last of several equal keys."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise TargetError(f"it has the key {_shown(key)} twice")
+        found[key] = value
+    return found
 
 
 def _known(data: Any, keys: frozenset[str]) -> None:

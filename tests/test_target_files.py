@@ -36,6 +36,8 @@ REFUSED: list[tuple[Any, str]] = [
     (b"", "toy.json is no target file: Expecting value"),
     (b"\xff", "is no target file: .*can't decode byte 0xff"),
     (b"[" * 100_000, "is no target file: maximum recursion depth"),
+    (b'{"clock_hz": 1, "clock_hz": 2}', "is no target file: it has the key 'clock_hz' twice"),
+    (b'{"tables": {"*": [], "*": []}}', "it has the key '.' twice"),
     ([], r"expected an object, not \[\]"),
     (3, "expected an object, not 3"),
     (without("name"), "it has no 'name'"),
@@ -186,6 +188,50 @@ UNREADABLE: list[tuple[Any, str]] = [
 def test_a_target_that_cannot_be_found(target: Any, message: str) -> None:
     with pytest.raises(TargetError, match=message):
         load_target(target)
+
+
+def rows(*given: tuple[int, int, str]) -> list[dict[str, Any]]:
+    return [{"weight": w, "activation": a, figure: 1.0} for w, a, figure in given]
+
+
+HIDDEN = [
+    ({"*": rows((8, 8, "pJ"), (4, 8, "cycles"), (8, 8, "pJ"))}, "'.' has pJ for 8 x 8 bits twice"),
+    (
+        {"*": rows((8, 8, "pJ")), "*conv*": rows((8, 8, "pJ"))},
+        r"'.conv.' is never reached, for '.'",
+    ),
+    (
+        {"*conv*": rows((8, 8, "pJ")), "depthwise.*conv2d*": rows((8, 8, "pJ"))},
+        r"'depthwise.\*conv2d\*' is never reached, for '\*conv\*' stands before it; put it first",
+    ),
+]
+
+
+@pytest.mark.parametrize(("tables", "message"), HIDDEN)
+def test_figures_that_would_never_be_looked_up_are_refused(
+    tables: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "toy.json").write_text(json.dumps(valid(tables=tables)))
+    with pytest.raises(TargetError, match=message):
+        load_target(tmp_path / "toy.json")
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"*": rows((8, 8, "pJ"), (8, 8, "cycles"), (4, 8, "pJ"))},
+        {
+            "depthwise.*": rows((8, 8, "pJ")),
+            "*conv?d*": rows((8, 8, "pJ")),
+            "*": rows((8, 8, "pJ")),
+        },
+        {"*conv?d*": rows((8, 8, "pJ")), "*conv*d*": rows((8, 8, "pJ"))},
+        {"*conv2*": rows((8, 8, "pJ")), "*conv[12]*": rows((8, 8, "pJ"))},
+    ],
+)
+def test_figures_that_are_looked_up_are_taken(tables: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "toy.json").write_text(json.dumps(valid(tables=tables)))
+    assert list(load_target(tmp_path / "toy.json").tables) == list(tables)
 
 
 def test_a_huge_file_is_no_target(tmp_path: Path) -> None:
