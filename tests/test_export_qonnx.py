@@ -49,6 +49,15 @@ def test_qonnx_computes_it(name: str, scheme: str, tmp_path: Path) -> None:
         assert agreement.exact == 1.0
 
 
+@pytest.mark.parametrize(("scheme", "count"), [("fpga", 0), ("tensor", 0), ("channel", 1)])
+def test_channels_that_a_node_cannot_tell_apart_are_told_of(
+    scheme: str, count: int, tmp_path: Path
+) -> None:
+    exported = deployed("mlp", scheme).export(tmp_path / "net.onnx", "qonnx", verify=False)
+    told = [f"tensors whose gates have different bit-widths: {count}; a Quant node has one, the"]
+    assert [remark[: len(told[0])] for remark in exported.remarks] == told * (count > 0)
+
+
 def test_every_tensor_has_its_own_bits(tmp_path: Path) -> None:
     result = deployed("lenet5", "fpga")
     model = onnx.load(result.export(tmp_path / "net.onnx", "qonnx").path)

@@ -250,6 +250,12 @@ class CostGraph:
         self._names = itertools.count()
         self._steps: dict[Node, Array] = {}
 
+    @property
+    def mixed(self) -> int:
+        """How many tensors have gates with different bits."""
+        owners = self._root.get_submodule(QUANTIZERS).modules()
+        return sum(q.bits.unique().numel() > 1 for q in owners if isinstance(q, Quantizer))
+
     def input(self, shape: Shape, dtype: torch.dtype) -> Node:
         """An input of the network."""
         self._inputs += 1

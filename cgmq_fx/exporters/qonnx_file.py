@@ -76,6 +76,17 @@ class QONNX(Exporter):
         """Bits from the `Quant` nodes, multiply-accumulates from shapes."""
         return read_onnx(path)
 
+    def remarks(self, path: Path) -> tuple[str, ...]:
+        """Which tensors have more bits for others than for this library."""
+        count = read_onnx(path).graph.mixed
+        if not count:
+            return ()
+        return (
+            f"tensors whose gates have different bit-widths: {count}; a Quant node has one, the "
+            "widest, so what counts from these nodes (qonnx's inference_cost) counts more than the "
+            "bound; target='fpga' trains one bit-width per tensor",
+        )
+
 
 def _executed(model: Any, tensors: list[Tensor]) -> list[Tensor]:
     """Execute a model, node by node.
