@@ -237,3 +237,23 @@ def test_limits_that_are_tensors_keep_what_the_model_keeps(
     budget = "activations <= 100%, arena <= 100%"
     result = prepare(Limited(by_a_layer).eval(), budget, torch.rand(2, 8)).finalize()
     assert_counted(result.export(tmp_path / "net.onnx"), result)
+
+
+class Halves(nn.Module):
+    """A tensor in two halves, one of which waits for what is made of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole, self.part = nn.Linear(8, 64), nn.Linear(32, 24)
+        self.first, self.last = nn.Linear(32, 16), nn.Linear(56, 16)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        left, right = self.whole(x).relu().chunk(2, 1)
+        return self.first(left), self.last(torch.cat([right, self.part(left)], 1))
+
+
+def test_halves_are_made_in_the_order_of_the_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    budget = "arena <= 101%, bops <= 5%"
+    result = prepare(Halves().eval(), budget, torch.rand(2, 8)).finalize()
+    assert_counted(result.export(tmp_path / "net.onnx", verify=False), result)

@@ -171,9 +171,10 @@ class _Reader:
             given = [*(given or [number]), self._nodes[self._model.graph.input[0].name]]
         if node.op_type == "Concat":
             given = [given]  # type: ignore[list-item]
+        first = self._made(node, target, given, node.output[0])
         for extra in filter(self._readers.__getitem__, list(node.output)[1:]):
             self._nodes[extra] = self._made(node, target, given, extra)
-        return self._made(node, target, given, node.output[0])
+        return first
 
     def _made(self, node: Any, target: Any, given: list[Node], name: str) -> Node:
         made = moved(node, name, target, given, self._constant, self._described)
