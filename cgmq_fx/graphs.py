@@ -81,13 +81,15 @@ def quantized_graph(captured: Captured, scheme: Scheme) -> tuple[GraphModule, Gr
     Raises:
         UnsupportedModelError: If nothing in it can be quantized.
     """
+    inputs = captured.inputs
     passes = [
-        InsertQuantizers(scheme, batched=captured.inputs.batch is not None),
+        *([CompareBatches(inputs.twice)] if scheme.activations == "channel" else []),
+        InsertQuantizers(scheme, batched=inputs.batch is not None),
         QuantizeBiases(),
-        CompleteShapes(captured.inputs),
+        CompleteShapes(inputs),
     ]
     module = run_passes(captured.module, passes)
-    return module, facts_of(module, captured.inputs)
+    return module, facts_of(module, inputs)
 
 
 def facts_of(module: GraphModule, inputs: ExampleInputs) -> GraphFacts:

@@ -28,6 +28,7 @@ from cgmq_fx.passes.outputs import integer_outputs
 from cgmq_fx.passes.quantizer import Quantizer, QuantizerSpec
 from cgmq_fx.passes.scheme import Scheme
 from cgmq_fx.passes.selection import Selection
+from cgmq_fx.passes.shapes import varying_axes
 from cgmq_fx.passes.sharing import steps
 from cgmq_fx.passes.signs import non_negative
 from cgmq_fx.passes.state import (
@@ -169,6 +170,8 @@ def _spec(scheme: Scheme, places: list[_Place], batched: bool) -> QuantizerSpec:
         widths, granularity = scheme.link_widths, "tensor"
     channels = granularity == "channel" and first.op is not None
     axis = channel_axis(first.reader, first.op, first.node) if channels and first.op else None
+    if axis in varying_axes(first.node):
+        axis = None
     gates = gate_shape(granularity, shape, axis)
     if gates and not is_followed(first.node, gates):
         gates = ()

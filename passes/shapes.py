@@ -134,6 +134,15 @@ class CompareBatches(Pass):
             node.meta[DOUBLED] = shape
 
 
+def varying_axes(node: Node) -> tuple[int, ...]:
+    """The axes of a tensor whose sizes follow the number of samples, after `CompareBatches`."""
+    doubled = node.meta.get(DOUBLED)
+    if doubled is None:
+        return ()
+    sizes = enumerate(zip(node.meta["val"].shape, doubled, strict=True))
+    return tuple(axis for axis, (size, other) in sizes if size != other)
+
+
 def _contiguous(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     """A tensor of a shape, however that is laid out in memory."""
     return mode.from_tensor(tensor).contiguous()
