@@ -33,7 +33,7 @@ def is_own(code: FunctionType | type | ModuleType) -> bool:
     if name.partition(".")[0] in _VERSIONED:
         return False
     file = getattr(sys.modules.get(name), "__file__", None)
-    return name == "__main__" or file is None or not _INSTALLED.match(file)
+    return name == "__main__" or file is None or not _INSTALLED.match(str(file))
 
 
 def name_of_code(code: FunctionType | BuiltinFunctionType | type) -> str:
