@@ -91,7 +91,8 @@ def _imported(scope: dict[str, Any], steps: list[Instruction]) -> dict[str, Modu
                 spec = None if level.argval else find_spec(step.argval.partition(".")[0])
                 if spec is None or not _INSTALLED.match(str(spec.origin)):
                     given = (step.argval, scope, None, names.argval, level.argval)
-                    found[f"import {step.argval}"] = __import__(*given)
+                    kind = "from" if names.argval else "import"  # which give different modules
+                    found[f"{kind} {'.' * level.argval}{step.argval}"] = __import__(*given)
     return found
 
 

@@ -239,6 +239,7 @@ def test_scripts_are_known_by_their_graph() -> None:
         "from own_losses import of\ndef loss(output): return of(output)",
         "def loss(output):\n    from own_losses import of\n    return of(output)",
         "def loss(output):\n    import own_losses\n    return own_losses.of(output)",
+        "def loss(o):\n    from own_losses import of\n    import own_losses\n    return of(o)",
     ],
 )
 def test_code_of_the_users_modules_makes_another_function(
