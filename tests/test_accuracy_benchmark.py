@@ -51,6 +51,11 @@ def test_every_method_gives_a_row(method: str, case: Case, tmp_path: Path) -> No
     assert not list(tmp_path.glob("run-*"))
 
 
+def test_runs_have_names_of_their_own() -> None:
+    jobs = [methods.Job(CASES["lenet5"], method, BOUND, 0, 2) for method in methods.METHODS]
+    assert len({job.key for job in jobs}) == len(jobs)
+
+
 def test_a_penalty_takes_bits_and_hardens_to_allowed_ones() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))

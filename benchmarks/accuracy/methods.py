@@ -53,7 +53,8 @@ class Job:
     @property
     def key(self) -> str:
         """What tells it from other runs, fit for a file name."""
-        text = f"{self.case.name} {self.method} {self.bound} seed {self.seed} x{self.epochs}"
+        method = self.method.replace("*", "-times-").replace("+", "-plus-")
+        text = f"{self.case.name} {method} {self.bound} seed {self.seed} x{self.epochs}"
         return "".join(c if c.isalnum() or c in "._-" else "_" for c in text)
 
 
