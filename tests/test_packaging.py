@@ -207,7 +207,7 @@ def test_wheel_holds_the_modules_and_nothing_else(wheel: Path) -> None:
 
 def test_wheel_is_small(wheel: Path) -> None:
     """Code and templates only; 420 kB when this was written, of which docstrings are a fifth."""
-    assert wheel.stat().st_size < 490_000
+    assert wheel.stat().st_size < 500_000
 
 
 @pytest.mark.parametrize(
