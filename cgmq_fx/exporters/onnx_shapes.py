@@ -7,7 +7,7 @@ by a few lines of numpy on small tensors of numbers, which nothing that an input
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import ceil
+from math import ceil, prod
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -65,10 +65,19 @@ def _with(model: Any, free: Sequence[Any], batch: int) -> dict[str, Shape]:
         shapes = _Shapes(model)
         for node in model.graph.node:
             shapes.infer(node)
+            _check_reshaped(node, shapes)
     except Exception:  # noqa: BLE001 - whatever it is, the file does not take this batch
         return {}
     found = {name: shapes.shape(name) for name in shapes.types}
     return {name: shape for name, shape in found.items() if shape is not None}
+
+
+def _check_reshaped(node: Any, shapes: _Shapes) -> None:
+    """Insist that a tensor has the elements that its new shape holds, which inference does not."""
+    if node.op_type == "Reshape":
+        given, made = shapes.shape(node.input[0]), shapes.shape(node.output[0])
+        if given is not None and made is not None and prod(given) != prod(made):
+            raise ArtifactError(f"{node.name}: {list(given)} cannot be reshaped to {list(made)}")
 
 
 def _resize(free: Sequence[Any], batch: int) -> None:
