@@ -15,7 +15,8 @@ from cgmq_fx import ArtifactError, BoundError, BudgetError, ExportError
 from cgmq_fx.cli import main
 from cgmq_fx.cost_models import parse_budget
 from cgmq_fx.exporters.certificate import SUFFIX, manifest_of, verify
-from cgmq_fx.exporters.cost_graph import Layout, Manifest, activation_bits, weight_bits
+from cgmq_fx.exporters.code_bits import Layout, activation_bits, weight_bits
+from cgmq_fx.exporters.cost_graph import Manifest
 from cgmq_fx.recount import count
 from tests.deploy_nets import deployed
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks.op_nets import OPS
-from cgmq_fx import Scheme, prepare
+from cgmq_fx import Scheme, UnsupportedModelError, prepare
 from cgmq_fx.exporters import exporters
 from cgmq_fx.exporters.agreement import compare, trial_batches
 from cgmq_fx.exporters.certificate import verify
@@ -209,6 +209,21 @@ def test_averages_at_the_border_are_exact(pool: nn.Module, tmp_path: Path) -> No
     assert exported.agreement is not None
     assert exported.agreement.is_close
     assert "QLinearAveragePool" in optimised(exported.path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ceil_mode": True, "padding": 1}, "avg_pool2d with ceil_mode and padding that counts"),
+        ({"divisor_override": 2}, "avg_pool2d with divisor_override=2"),
+    ],
+)
+def test_averages_that_kernels_take_wrongly_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.AvgPool2d(2, **options))
+    with pytest.raises(UnsupportedModelError, match=message):
+        prepare(model, "bops <= 7%", torch.randn(2, 2, 7, 7), target="onnxruntime")
 
 
 class Limited(nn.Module):

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 import cgmq_fx
 from cgmq_fx import Scheme
 from cgmq_fx.cost_models import Assignment, BOPs, MACs, parse_budget
+from cgmq_fx.exporters.code_bits import Layout as FileLayout
 from cgmq_fx.exporters.cost_graph import CostGraph, Manifest
-from cgmq_fx.exporters.cost_graph import Layout as FileLayout
 from cgmq_fx.passes.insert import QUANTIZERS
 from cgmq_fx.passes.oplists import PADS
 from cgmq_fx.passes.optable import Layout, argument, compute_op

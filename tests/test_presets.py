@@ -158,21 +158,6 @@ def test_an_op_that_was_never_tried_is_tried_in_onnx() -> None:
         cgmq_fx.prepare(Between(torch.lgamma, (8,)), "bops <= 5%", inputs, target="onnxruntime")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"ceil_mode": True, "padding": 1}, "avg_pool2d with ceil_mode and padding that counts"),
-        ({"divisor_override": 2}, "avg_pool2d with divisor_override=2"),
-    ],
-)
-def test_averages_that_kernels_take_wrongly_are_refused(
-    options: dict[str, Any], message: str
-) -> None:
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.AvgPool2d(2, **options))
-    with pytest.raises(UnsupportedModelError, match=message):
-        graph_of(model, torch.randn(2, 2, 7, 7), "onnxruntime")
-
-
 class AsManyGroups(nn.Module):
     """A convolution with weights of each sample, as in StyleGAN2."""
 

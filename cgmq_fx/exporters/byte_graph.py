@@ -19,16 +19,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from cgmq_fx.cost_models.errors import ArtifactError
-from cgmq_fx.exporters.cost_graph import (
-    Array,
-    CostGraph,
-    Counted,
-    Layout,
-    Manifest,
-    Shape,
-    activation_bits,
-    weight_bits,
-)
+from cgmq_fx.exporters.code_bits import Array, Layout, Shape, activation_bits, weight_bits
+from cgmq_fx.exporters.cost_graph import CostGraph, Counted, Manifest
 from cgmq_fx.exporters.flat import Buffer, read_bytes
 from cgmq_fx.exporters.float_codes import float_codes
 from cgmq_fx.passes.oplists import GRID_PRESERVING, JOINS, VIEWS

@@ -20,7 +20,8 @@ from cgmq_fx.cost_models import (
 from cgmq_fx.cost_models.errors import ArtifactError, BoundError, ExportError
 from cgmq_fx.cost_models.tables import TableModel
 from cgmq_fx.exporters.agreement import Agreement
-from cgmq_fx.exporters.cost_graph import Layout, Manifest
+from cgmq_fx.exporters.code_bits import Layout
+from cgmq_fx.exporters.cost_graph import Manifest
 from cgmq_fx.exporters.exporter import Exporter, exporter_of
 from cgmq_fx.exporters.layer_names import layer_names
 from cgmq_fx.given import path_of

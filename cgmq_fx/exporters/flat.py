@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from cgmq_fx.cost_models.errors import ArtifactError
-from cgmq_fx.exporters.cost_graph import Array
+from cgmq_fx.exporters.code_bits import Array
 
 _FIRST_SLOT = 4
 _SLOT = 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cgmq_fx.exporters.cost_graph import Array
+from cgmq_fx.exporters.code_bits import Array
 
 _HIGHEST = 127
 _SAMPLE = 256

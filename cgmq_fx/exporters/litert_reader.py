@@ -13,7 +13,8 @@ import torch
 
 from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.exporters.byte_graph import ByteGraph, Constant, Grid, Operand, Value, read_counted
-from cgmq_fx.exporters.cost_graph import Array, Counted, Manifest
+from cgmq_fx.exporters.code_bits import Array
+from cgmq_fx.exporters.cost_graph import Counted, Manifest
 from cgmq_fx.exporters.flat import Buffer, Table
 from cgmq_fx.exporters.litert_ops import CLAMPS, HANDLERS, PASSED_ON, Call
 

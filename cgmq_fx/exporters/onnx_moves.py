@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from cgmq_fx.exporters.cost_graph import Array, Shape
+from cgmq_fx.exporters.code_bits import Array, Shape
 from cgmq_fx.exporters.onnx_values import attributes
 
 Constant: TypeAlias = Callable[[str], Array | None]

@@ -12,7 +12,8 @@ import torch
 from torch.fx import Node
 
 from cgmq_fx.cost_models.errors import ArtifactError
-from cgmq_fx.exporters.cost_graph import Array, CostGraph, Counted, Manifest, Shape
+from cgmq_fx.exporters.code_bits import Array, Shape
+from cgmq_fx.exporters.cost_graph import CostGraph, Counted, Manifest
 from cgmq_fx.exporters.onnx_moves import moved
 from cgmq_fx.exporters.onnx_ops import COMPUTE, OPS, PLACES, POOLS, SIZED, UNKNOWN
 from cgmq_fx.exporters.onnx_parts import Whole, wholes

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cgmq_fx.exporters.cost_graph import Array
+from cgmq_fx.exporters.code_bits import Array
 from cgmq_fx.exporters.onnx_products import is_float
 
 _SUM = np.iinfo(np.int16)

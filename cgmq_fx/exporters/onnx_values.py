@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from cgmq_fx.cost_models.errors import ArtifactError
-from cgmq_fx.exporters.cost_graph import Array, Shape
+from cgmq_fx.exporters.code_bits import Array, Shape
 
 _TYPES: dict[str, torch.dtype] = {
     "FLOAT": torch.float32,

@@ -22,7 +22,8 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from cgmq_fx.cost_models.errors import ArtifactError
-from cgmq_fx.exporters.cost_graph import Array, CostGraph, Counted, Manifest, Shape
+from cgmq_fx.exporters.code_bits import Array, Shape
+from cgmq_fx.exporters.cost_graph import CostGraph, Counted, Manifest
 from cgmq_fx.exporters.pt2_norms import compose_norms
 from cgmq_fx.graph_json import graph_from_json
 from cgmq_fx.passes.inputs import ExampleInputs

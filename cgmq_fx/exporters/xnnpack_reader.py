@@ -9,7 +9,7 @@ import numpy as np
 
 from cgmq_fx.cost_models.errors import ArtifactError
 from cgmq_fx.exporters.byte_graph import ByteGraph, Constant, Grid, Operand, Value
-from cgmq_fx.exporters.cost_graph import Array
+from cgmq_fx.exporters.code_bits import Array
 from cgmq_fx.exporters.flat import Buffer, Table
 from cgmq_fx.exporters.xnnpack_ops import read_node
 
